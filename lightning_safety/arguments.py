@@ -30,9 +30,8 @@ def check_fraction(value: float, name: str = "fraction") -> float:
     if math.isfinite(value) and 0 < value <= 1:
         return float(value)
     percent = value if math.isfinite(value) and 1 < value <= 100 else 1
-    raise ValueError(
-        f"`{name}` expected to be in (0, 1] but got {value}. For the top {percent:g} %, pass `{name}={percent / 100:g}`."
-    )
+    example = f"For the top {percent:g} %, pass `{name}={percent / 100:g}`."
+    raise ValueError(f"`{name}` expected to be in (0, 1] but got {value}. {example}")
 
 
 def check_positive(value: int, name: str) -> int:

@@ -18,7 +18,7 @@ def capture_random_state() -> dict[str, Any]:
     The result holds tensors and primitives only, so that ``torch.load(weights_only=True)`` reads it back.
     """
     version, words, next_gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "next_gauss": next_gauss},
         "numpy": {

@@ -23,9 +23,14 @@ def test_the_new_file_replaces_the_old_one(tmp_path):
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "mask.safetensors"
     target.write_bytes(b"old")
-    with pytest.raises(OSError, match="disk full"), replace_atomically(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise OSError("disk full")
+
+    def fill_the_disk() -> None:
+        with replace_atomically(target) as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill_the_disk()
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 

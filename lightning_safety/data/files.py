@@ -38,9 +38,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         found = [name for name in names if name.endswith(FILE_SUFFIXES)]
-        kind = "a folder" if path.is_dir() else "no such file"
-        hint = closest(path.name, found) if found else f"Expected a {' , '.join(FILE_SUFFIXES)} file."
-        raise FileNotFoundError(f"Prompts expected in the file {str(path)!r} but it is {kind}. {hint}")
+        fault = "it is a folder" if path.is_dir() else "there is no such file"
+        hint = f" {closest(path.name, sorted(found))}" if found else ""
+        raise FileNotFoundError(f"Prompts expected in the file {str(path)!r} but {fault}.{hint}")
     readers = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
     suffix = path.suffix.lower()
     if suffix not in readers:
@@ -83,7 +83,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                raise ValueError(f"{path}:{reader.line_num} expected to be CSV but {error}.") from None
+                raise ValueError(f"{path}:{reader.reader.line_num} expected to be CSV but {error}.") from None
             if values is None:
                 return
             place = f"{path}:{reader.line_num}"

@@ -83,8 +83,7 @@ def load_prompts(
         )
     if limit is not None:
         check_positive(limit, "limit")
-    rows = _filter_split(_find_rows(source, split), source, split)
-    examples = _read_examples(rows, prompt_column, response_column)
+    examples = _read_examples(_find_rows(source, split), prompt_column, response_column)
     found = list(examples if limit is None else islice(examples, limit))
     if not found:
         raise ValueError(f"`source` expected to hold at least one prompt but {os.fspath(source)!r} is empty.")
@@ -92,19 +91,14 @@ def load_prompts(
 
 
 def _find_rows(source: str | os.PathLike[str], split: str | None) -> Iterable[Row]:
-    name = os.fspath(source)
     if isinstance(source, str) and source in BUILT_IN_SETS:
-        if split not in SPLITS:
-            hint = (
-                f"Choose from {', '.join(f'`{known}`' for known in SPLITS)}."
-                if split is None
-                else closest(split, SPLITS)
-            )
-            raise ValueError(f"`split` expected to be a split of the built-in set {source!r} but got {split!r}. {hint}")
-        return read_rows(_PROMPTS_FOLDER / f"{source}.jsonl")
-    path = Path(name).expanduser()
+        # An empty name makes the message list all splits.
+        return _rows_of_split(
+            read_rows(_PROMPTS_FOLDER / f"{source}.jsonl"), split or "", f"the built-in set {source!r}"
+        )
+    path = Path(source).expanduser()
     if path.suffix.lower() in FILE_SUFFIXES or path.exists() or not isinstance(source, str):
-        return read_rows(path)
+        return read_rows(path) if split is None else _rows_of_split(read_rows(path), split, str(path))
     if _HUB_ID.fullmatch(source) and not path.parent.is_dir():
         return _hub_rows(source, split)
     raise ValueError(
@@ -113,24 +107,21 @@ def _find_rows(source: str | os.PathLike[str], split: str | None) -> Iterable[Ro
     )
 
 
-def _filter_split(rows: Iterable[Row], source: str | os.PathLike[str], split: str | None) -> Iterator[Row]:
-    name, seen, matched = os.fspath(source), set(), False
+def _rows_of_split(rows: Iterable[Row], split: str, place: str) -> Iterator[Row]:
+    seen: dict[str, None] = {}
     for row in rows:
-        if split is None:
-            yield row
-            continue
         if "split" not in row.values:
             raise ValueError(
                 f"`split` expected to be None for prompts without a `split` column but got {split!r} "
                 f"({row.place} has the columns {_list_columns(row.values)})."
             )
-        seen.add(str(row.values["split"]))
-        if row.values["split"] == split:
-            matched = True
+        name = str(row.values["split"])
+        seen[name] = None
+        if name == split:
             yield row
-    if seen and not matched:
+    if seen and split not in seen:
         raise ValueError(
-            f"`split` expected to be a split of {name!r} but got {split!r}. {closest(str(split), sorted(seen))}"
+            f"`split` expected to be one of the splits of {place} but got {split or None!r}. {closest(split, seen)}"
         )
 
 
@@ -174,18 +165,17 @@ def _list_columns(values: Mapping[str, Any]) -> str:
 
 
 def _hub_rows(source: str, split: str | None) -> Iterator[Row]:
-    """Yield the rows of a hub data set; its split becomes each row's `split`."""
     import datasets
 
     try:
         loaded = datasets.load_dataset(source, split=split)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"The hub data set {source!r} (split {split!r}) could not be loaded: {error}"
-        ) from error
+    except OSError as error:
+        raise FileNotFoundError(f"The data set {source!r} could not be loaded from the hub: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"The split {split!r} of the data set {source!r} could not be loaded: {error}") from error
     if isinstance(loaded, Mapping):
         if len(loaded) != 1:
             raise ValueError(f"`split` expected to be one of {_list_columns(loaded)} of {source!r} but got None.")
         loaded = next(iter(loaded.values()))
     for index, values in enumerate(loaded):
-        yield Row({**values, "split": split}, f"the hub data set {source!r}", f"row {index} of {source!r}")
+        yield Row(dict(values), f"the data set {source!r}", f"row {index} of the data set {source!r}")
