@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Switching a model to evaluation and back, so that no trace remains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, *, use_cache: bool | None = None) -> Iterator[None]:
+    """Put a model in evaluation mode, and afterwards every submodule back in the mode it was in.
+
+    ``model.train(was_training)`` would not do: a module that the user keeps in evaluation mode inside a model that
+    trains (a frozen encoder, a batch norm) would come back training.
+
+    Args:
+        model: The model.
+        use_cache: The value of ``model.config.use_cache`` inside. None: as it is. The old value comes back either way.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluation_mode(model):
+        ...     model[0].training
+        False
+        >>> model[0].training, model[1].training
+        (True, False)
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    config: Any = getattr(model, "config", None)
+    has_cache = hasattr(config, "use_cache")
+    cache_before = config.use_cache if has_cache else None
+    try:
+        model.eval()
+        if has_cache and use_cache is not None:
+            config.use_cache = use_cache
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        if has_cache:
+            config.use_cache = cache_before
