@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The value that separates the k largest of very many scores from the rest, exactly and without copying them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK_ENTRIES = 2**20
+_SAMPLE_ENTRIES = 2**20
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of entries of one tensor, small enough for temporary copies.
+
+    Attributes:
+        name: The tensor.
+        start: Flat index of the first entry.
+        values: float32 [entries]; what is selected first is largest.
+        allowed: bool [entries], False where an entry may not be selected; None where all may.
+    """
+
+    name: str
+    start: int
+    values: Tensor
+    allowed: Tensor | None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Scores to select from.
+
+    Attributes:
+        scores: Floating-point tensors by name, at most 32 bits an entry.
+        excluded: Sorted flat indices of entries that may not be selected, for some or all of the names.
+        largest: Whether the largest scores come first, or the smallest.
+    """
+
+    scores: Mapping[str, Tensor]
+    excluded: Mapping[str, Tensor]
+    largest: bool = True
+
+    @property
+    def scored(self) -> int:
+        """Number of entries, excluded ones too."""
+        return sum(score.numel() for score in self.scores.values())
+
+    @property
+    def excluded_count(self) -> int:
+        """Number of entries that may not be selected."""
+        return sum(self.excluded[name].numel() for name in self.scores if name in self.excluded)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all entries in tensor order, then flat order."""
+        for name, score in self.scores.items():
+            if not score.numel():
+                continue
+            excluded = self.excluded.get(name)
+            for number, values in enumerate(torch.split(score.detach().reshape(-1), _BLOCK_ENTRIES)):
+                start = number * _BLOCK_ENTRIES
+                allowed = None
+                if excluded is not None and excluded.numel():
+                    ends = torch.tensor([start, start + values.numel()], dtype=excluded.dtype)
+                    first, last = torch.searchsorted(excluded, ends).tolist()
+                    allowed = torch.ones(values.shape, dtype=torch.bool, device=values.device)
+                    allowed[(excluded[first:last] - start).to(values.device, torch.int64)] = False
+                yield Block(name, start, self._ordered(values), allowed)
+
+    def sample(self, size: int) -> Tensor:
+        """Return about `size` entries drawn with replacement, the same on every call and device. float32 [size]."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = []
+        for score in self.scores.values():
+            if score.numel():
+                share = math.ceil(size * score.numel() / self.scored)
+                places = torch.randint(score.numel(), (share,), generator=generator)
+                drawn.append(self._ordered(score.detach().reshape(-1)[places.to(score.device)]).cpu())
+        return torch.cat(drawn)
+
+    def _ordered(self, values: Tensor) -> Tensor:
+        return values.float() if self.largest else -values.float()
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where a selection ends.
+
+    Attributes:
+        value: The smallest selected value.
+        ties: How many of the entries that equal `value` are selected.
+    """
+
+    value: float
+    ties: int
+
+
+def find_boundary(candidates: Candidates, count: int) -> Boundary:
+    """Return the boundary of the `count` largest values that are allowed.
+
+    A sample gives a value that very likely lies a little below the boundary; the few entries at or above it are then
+    collected, counted and searched. Where the sample misled, or ties make the few many, two exact histogram passes over
+    the bits of the values take over. Either way the result is exact and no copy grows with the number of scores beyond
+    an eighth of it.
+
+    Args:
+        candidates: At least `count` entries must be allowed, and none may be NaN.
+        count: How many to select, at least 1.
+    """
+    limit = candidates.scored // 8 + _SAMPLE_ENTRIES
+    if count <= limit:
+        survivors = _survivors(candidates, _likely_lower_bound(candidates, count), limit)
+        if survivors is not None and survivors.numel() >= count:
+            value = survivors.topk(count, sorted=False).values.min()
+            return Boundary(float(value), count - int((survivors > value).sum()))
+    return _histogram_boundary(candidates, count)
+
+
+def _likely_lower_bound(candidates: Candidates, count: int) -> float:
+    """Return a value that at least `count` allowed entries reach, up to an error of six standard deviations."""
+    if candidates.scored <= _SAMPLE_ENTRIES:
+        return -math.inf
+    sample = candidates.sample(_SAMPLE_ENTRIES)
+    # Excluded entries are in the sample too, and may all lie above the boundary.
+    expected = sample.numel() * (count + candidates.excluded_count) / candidates.scored
+    rank = math.ceil(expected + 6 * math.sqrt(expected) + 10)
+    return float(sample.topk(rank, sorted=False).values.min()) if rank < sample.numel() else -math.inf
+
+
+def _survivors(candidates: Candidates, lower_bound: float, limit: int) -> Tensor | None:
+    """Return the allowed values at or above `lower_bound`, float32 [survivors]; None if more than `limit`."""
+    found: list[Tensor] = []
+    total = 0
+    for block in candidates.blocks():
+        reached = block.values >= lower_bound
+        if block.allowed is not None:
+            reached &= block.allowed
+        values = block.values[reached]
+        total += values.numel()
+        if total > limit:
+            return None
+        found.append(values.cpu())
+    return torch.cat(found)
+
+
+def _histogram_boundary(candidates: Candidates, count: int) -> Boundary:
+    """Return the boundary from two histograms: of the upper 16 bits of all values, then of the lower 16 of one bin."""
+    bins, upper = 2**16, None
+    remaining = count
+    for _ in range(2):
+        histogram = torch.zeros(bins, dtype=torch.int64)
+        for block in candidates.blocks():
+            values = block.values if block.allowed is None else block.values[block.allowed]
+            keys = _ordered_bits(values)
+            digits = (keys >> 16) + bins // 2 if upper is None else keys[(keys >> 16) == upper] & (bins - 1)
+            histogram += torch.bincount(digits, minlength=bins).cpu()
+        reached = histogram.flip(0).cumsum(0)
+        digit = bins - 1 - int(torch.searchsorted(reached, remaining))
+        remaining -= int(histogram[digit + 1 :].sum())
+        if upper is None:
+            upper = digit - bins // 2
+    assert upper is not None
+    return Boundary(_value_of_bits((upper << 16) + digit), remaining)
+
+
+def _ordered_bits(values: Tensor) -> Tensor:
+    """Return int32 keys in the order of the float32 `values`, equal where they are equal."""
+    bits = (values + 0.0).view(torch.int32)  # −0.0 becomes 0.0.
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _value_of_bits(key: int) -> float:
+    """Return the float32 value whose key `_ordered_bits` gives."""
+    bits = torch.tensor([key], dtype=torch.int32)
+    return float((bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32))

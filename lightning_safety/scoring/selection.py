@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights a fraction of the scores selects: the top, the bottom, or a random control."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_safety.arguments import check_fraction, closest
+from lightning_safety.scoring.boundary import Boundary, Candidates, find_boundary
+from lightning_safety.scoring.mask import SafetyMask, index_dtype
+
+_SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def select_top(
+    scores: Mapping[str, Tensor],
+    fraction: float,
+    *,
+    exclude: SafetyMask | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> SafetyMask:
+    """Select the highest scores of all tensors together.
+
+    Exact and deterministic, the same as the head of a stable descending sort: of equal scores the one in the earlier
+    tensor, then of the lower flat index, comes first. Works in blocks, so that memory grows with the selection and not
+    with the scores.
+
+    Args:
+        scores: A score for each weight, by tensor name, as `expected_safety_impact` returns them. float32, bfloat16 or
+            float16, any device.
+        fraction: Fraction of all scored weights to select, in (0, 1]. See `number_to_select`.
+        exclude: Weights that may not be selected. They still count as scored, so that the number selected is the same.
+        metadata: Kept in the mask beside the method and the fraction, for instance the objective and the model.
+
+    Returns:
+        The mask, over all scored tensors.
+
+    Raises:
+        TypeError: `scores` are not floating-point tensors of at most 32 bits.
+        ValueError: `fraction` is not in (0, 1], a score is NaN, there is nothing to select from, or `exclude` is of
+            another model or leaves too few weights.
+
+    Example:
+        >>> scores = {"q": torch.tensor([[0.1, 0.9], [0.4, 0.2]]), "v": torch.tensor([0.9, 0.0])}
+        >>> select_top(scores, 0.5).indices
+        {'q': tensor([1, 2], dtype=torch.int32), 'v': tensor([0], dtype=torch.int32)}
+    """
+    return _select_by_score(scores, fraction, exclude, metadata, method="top")
+
+
+def select_bottom(
+    scores: Mapping[str, Tensor], fraction: float, *, metadata: Mapping[str, str] | None = None
+) -> SafetyMask:
+    """Select the lowest scores of all tensors together: a control, what the method deems least critical.
+
+    Arguments, errors and order of ties are those of `select_top`.
+    """
+    return _select_by_score(scores, fraction, None, metadata, method="bottom")
+
+
+def select_random(
+    scores: Mapping[str, Tensor], fraction: float, seed: int, *, metadata: Mapping[str, str] | None = None
+) -> SafetyMask:
+    """Select weights uniformly at random, whatever their scores: the control that belongs beside every result.
+
+    Every set of this many scored weights is equally likely. The same seed gives the same mask on every device. Memory
+    grows with the selection. No global generator is touched.
+
+    Args:
+        scores: Only names and shapes matter; tensors on the meta device do.
+        fraction: As for `select_top`.
+        seed: Seed of the draw, at least 0.
+        metadata: As for `select_top`.
+
+    Raises:
+        TypeError: `seed` is not an integer.
+        ValueError: `fraction` is not in (0, 1], `seed` is negative or there is nothing to select from.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"`seed` expected to be an integer but got {seed!r}.")
+    if seed < 0:
+        raise ValueError(f"`seed` expected to be at least 0 but got {seed}.")
+    total = _count(scores)
+    count = number_to_select(fraction, total)
+    complement = count > total // 2
+    drawn = _distinct(total - count if complement else count, total, np.random.default_rng(seed))
+    indices = {}
+    start = 0
+    for name, score in scores.items():
+        first, last = np.searchsorted(drawn, (start, start + score.numel()))
+        places = torch.from_numpy(drawn[first:last] - start)
+        if complement:
+            kept = torch.ones(score.numel(), dtype=torch.bool)
+            kept[places] = False
+            places = kept.nonzero().squeeze(1)
+        indices[name] = places.to(index_dtype(score.numel()))
+        start += score.numel()
+    return _mask(scores, indices, metadata, {"method": "random", "fraction": str(fraction), "seed": str(seed)})
+
+
+def number_to_select(fraction: float, total: int) -> int:
+    """Return max(1, ⌊fraction · total⌋), the fraction taken as the decimal number it prints as.
+
+    So 0.07 of 100 is 7, although the nearest binary number to 0.07 lies below it.
+
+    Args:
+        fraction: In (0, 1].
+        total: Number of scored weights, at least 1.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> number_to_select(0.07, 100), int(0.29 * 100), number_to_select(0.29, 100), number_to_select(0.01, 3)
+        (7, 28, 29, 1)
+    """
+    if total < 1:
+        raise ValueError(f"`total` expected to be at least 1 scored weight but got {total}.")
+    return max(1, math.floor(Fraction(repr(check_fraction(fraction))) * total))
+
+
+def _select_by_score(
+    scores: Mapping[str, Tensor],
+    fraction: float,
+    exclude: SafetyMask | None,
+    metadata: Mapping[str, str] | None,
+    *,
+    method: str,
+) -> SafetyMask:
+    total = _count(scores)
+    count = number_to_select(fraction, total)
+    _check_types(scores)
+    if exclude is not None:
+        _check_excluded(scores, exclude)
+    excluded = {} if exclude is None else exclude.indices
+    candidates = Candidates(scores, excluded, largest=method == "top")
+    available = total - candidates.excluded_count
+    if available < count:
+        raise ValueError(
+            f"`exclude` expected to leave at least {count:,} of the {total:,} scored weights, the number that"
+            f" `fraction={fraction}` selects, but leaves {available:,}. Lower `fraction` or exclude fewer weights."
+        )
+    _check_not_nan(candidates)
+    indices = _collect(candidates, find_boundary(candidates, count))
+    own = {"method": method, "fraction": str(fraction)}
+    if exclude is not None:
+        own["excluded"] = str(candidates.excluded_count)
+    return _mask(scores, indices, metadata, own)
+
+
+def _collect(candidates: Candidates, boundary: Boundary) -> dict[str, Tensor]:
+    """Return the sorted flat indices of what lies above the boundary, and of its first ties."""
+    found: dict[str, list[Tensor]] = {name: [] for name in candidates.scores}
+    ties_left = boundary.ties
+    for block in candidates.blocks():
+        selected = block.values >= boundary.value
+        if block.allowed is not None:
+            selected &= block.allowed
+        places = selected.nonzero().squeeze(1)
+        if not places.numel():
+            continue
+        tied = block.values[places] == boundary.value
+        ties = int(tied.sum())
+        if ties > ties_left:
+            places = places[~tied | (tied.cumsum(0) <= ties_left)]
+        ties_left -= min(ties, ties_left)
+        dtype = index_dtype(candidates.scores[block.name].numel())
+        found[block.name].append((places + block.start).to("cpu", dtype))
+    return {name: torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32) for name, parts in found.items()}
+
+
+def _distinct(count: int, total: int, generator: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return `count` distinct integers below `total`, sorted, every such set equally likely. int64 [count].
+
+    Drawing again for duplicates treats all integers alike, hence the uniformity; at most half of them are ever drawn,
+    hence a few rounds.
+    """
+    drawn = np.empty(0, dtype=np.int64)
+    while drawn.size < count:
+        drawn = np.union1d(drawn, generator.integers(total, size=count - drawn.size))
+    return drawn
+
+
+def _mask(
+    scores: Mapping[str, Tensor],
+    indices: dict[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    own: dict[str, str],
+) -> SafetyMask:
+    return SafetyMask(
+        indices, {name: tuple(score.shape) for name, score in scores.items()}, {**(metadata or {}), **own}
+    )
+
+
+def _count(scores: Mapping[str, Tensor]) -> int:
+    """Return the number of scored weights, at least 1."""
+    total = sum(score.numel() for score in scores.values())
+    if not total:
+        raise ValueError("`scores` expected to hold at least one weight but is empty. Score a model first.")
+    return total
+
+
+def _check_types(scores: Mapping[str, Tensor]) -> None:
+    for name, score in scores.items():
+        if score.dtype not in _SCORE_DTYPES:
+            raise TypeError(
+                f"`scores` expected to be float32, bfloat16 or float16 but `{name}` is {score.dtype}."
+                " Convert it with `.float()`."
+            )
+
+
+def _check_not_nan(candidates: Candidates) -> None:
+    for block in candidates.blocks():
+        if bool(block.values.max().isnan()):
+            raise ValueError(
+                f"`scores` expected to be numbers but `{block.name}` holds NaN. Score again with a model whose loss and"
+                " weights are finite."
+            )
+
+
+def _check_excluded(scores: Mapping[str, Tensor], exclude: SafetyMask) -> None:
+    """Refuse a mask of another model: same names but other shapes, or no name in common."""
+    shared = [name for name in exclude.shapes if name in scores]
+    if not shared:
+        first = next(iter(exclude.shapes), "")
+        raise ValueError(
+            f"`exclude` expected to be a mask over the scored tensors but shares none with them: it has `{first}`."
+            f" {closest(first, scores)}"
+        )
+    for name in shared:
+        if exclude.shapes[name] != tuple(scores[name].shape):
+            raise ValueError(
+                f"`exclude` expected to have the shapes of the scores but `{name}` is {list(exclude.shapes[name])} in"
+                f" the mask and {list(scores[name].shape)} in the scores. Pass a mask made from the same model."
+            )

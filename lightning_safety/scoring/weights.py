@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights of a model are scored, and how widely each tensor's values spread."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from lightning_safety.arguments import closest
+from lightning_safety.language.find import named_weights
+
+_SCORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NEVER_SCORED = "Biases, norms, embeddings, a tied output head, expert routers and adapters are never scored."
+_SCORE_UNQUANTISED = (
+    "Quantised weights cannot be scored: score the model loaded in bfloat16 or float32, and pass the saved mask."
+)
+_CHUNK_ENTRIES = 2**22
+
+
+def scored_weights(
+    model: nn.Module,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> dict[str, nn.Parameter]:
+    """Return the weights that can be scored, by canonical name, in ``named_parameters()`` order.
+
+    These are the weights of linear layers (attention, MLP, experts, an untied output head) and fused expert weights of
+    shape [experts, …, …]. Biases, norms, embeddings, a tied output head, expert routers and adapters are left out
+    ("Towards Identification and Intervention of Safety-Critical Parameters in LLMs", arXiv 2604.08297).
+
+    Args:
+        model: A causal language model.
+        include: Shell-style patterns of names, for instance ``"*.mlp.*"``. Default: all.
+        exclude: Patterns of names to leave out of those. Default: none.
+
+    Raises:
+        ValueError: A pattern matches nothing (the message shows close names), nothing is left to score, or a weight is
+            quantised, sharded or without data.
+
+    Example:
+        >>> from tests.tiny import make_tiny_model
+        >>> list(scored_weights(make_tiny_model(), include="*.0.self_attn.[qk]_proj.weight"))
+        ['model.layers.0.self_attn.q_proj.weight', 'model.layers.0.self_attn.k_proj.weight']
+    """
+    # GPTQ, AWQ and their like keep packed weights in layers of their own: only the head would be left to score.
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"`model` expected to have floating-point weights but is quantised. {_SCORE_UNQUANTISED}")
+    scorable = _scorable_parameters(model)
+    candidates = {name: weight for name, weight in named_weights(model).items() if id(weight) in scorable}
+    if not candidates:
+        raise ValueError(
+            f"`model` expected to have linear layers but {type(model).__name__} has none whose weight can be scored."
+            f" {_NEVER_SCORED}"
+        )
+    included = _matching("include", include, candidates) if include is not None else set(candidates)
+    excluded = _matching("exclude", exclude, candidates) if exclude is not None else set()
+    weights = {name: weight for name, weight in candidates.items() if name in included - excluded}
+    if not weights:
+        raise ValueError(
+            f"`include` and `exclude` expected to leave weights to score but none of {len(candidates)} is left."
+            " Exclude less."
+        )
+    for name, weight in weights.items():
+        _check_readable(name, weight)
+    return weights
+
+
+def weight_spread(weight: Tensor) -> Tensor:
+    """Return the population standard deviation σ of a weight, of each expert's slice where the experts are fused.
+
+    Args:
+        weight: [out, in] or [experts, out, in].
+
+    Returns:
+        float32, computed in float64; shape [] or [experts, 1, 1], so that it multiplies a score of the same weight.
+
+    Example:
+        >>> weight_spread(torch.tensor([[1.0, 3.0]]))
+        tensor(1.)
+    """
+    if weight.dim() == 3:
+        return torch.stack([weight_spread(expert) for expert in weight]).view(-1, 1, 1)
+    flat = weight.detach().reshape(-1)
+    mean = sum(chunk.sum() for chunk in _in_float64(flat)) / flat.numel()
+    variance = sum((chunk - mean).square_().sum() for chunk in _in_float64(flat)) / flat.numel()
+    return torch.as_tensor(variance).sqrt().to(weight.device, torch.float32)
+
+
+def _in_float64(flat: Tensor) -> Iterator[Tensor]:
+    """Yield copies of a vector in parts, so that a large tensor is never doubled as a whole."""
+    for chunk in torch.split(flat, _CHUNK_ENTRIES):
+        # Apple's GPUs have no float64.
+        yield (chunk.cpu() if chunk.device.type == "mps" else chunk).double()
+
+
+def _scorable_parameters(model: nn.Module) -> set[int]:
+    """Return the identities of the weights of linear layers and fused experts, less what is never scored."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    scorable = set()
+    for path, module in model.named_modules():
+        if _is_router(model, path) or any(part.startswith("lora_") for part in path.split(".")):
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            scorable.add(id(module.weight))
+        elif "expert" in f"{path}.{type(module).__name__}".lower() and not isinstance(module, nn.modules.conv._ConvNd):
+            scorable |= {id(weight) for weight in module.parameters(recurse=False) if weight.dim() == 3}
+    return scorable - embeddings
+
+
+def _is_router(model: nn.Module, path: str) -> bool:
+    """Whether a module chooses experts: something called a router, or a gate beside experts.
+
+    The gate of a gated MLP (``gate_proj``) is an ordinary linear layer.
+    """
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        if "router" in part:
+            return True
+        if part == "gate" or part.endswith("expert_gate"):
+            siblings = model.get_submodule(".".join(parts[:depth])).named_children()
+            if any("expert" in name and not name.endswith("expert_gate") for name, _ in siblings):
+                return True
+    return False
+
+
+def _matching(argument: str, patterns: str | Sequence[str], names: Iterable[str]) -> set[str]:
+    """Return the names that any of the patterns matches."""
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"`{argument}` expected to be a pattern or a list of patterns but got {pattern!r}.")
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ValueError(
+                f"`{argument}` expected to match names of scored weights but {pattern!r} matches none."
+                f" {closest(pattern, names)} Patterns are shell-style and match the whole name, for instance"
+                f" '*v_proj*'. {_NEVER_SCORED}"
+            )
+        matched.update(found)
+    return matched
+
+
+def _check_readable(name: str, weight: nn.Parameter) -> None:
+    """Refuse weights that have no gradient of their own, or are not all here."""
+    if weight.dtype not in _SCORED_DTYPES:
+        raise ValueError(
+            f"`model` expected to have floating-point weights but `{name}` is {weight.dtype}. {_SCORE_UNQUANTISED}"
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"`model` expected to hold its weights but `{name}` is on the meta device. Load them before scoring."
+        )
+    # DeepSpeed ZeRO-3 leaves an empty tensor with a `ds_id` where a weight was.
+    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or not weight.numel():
+        raise ValueError(
+            f"`model` expected to hold its weights whole but `{name}` is sharded. Score the model unsharded, for"
+            " instance with `lightning-safety score`, and pass the saved mask."
+        )
