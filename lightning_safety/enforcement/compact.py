@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training selected weights only, with an optimizer that holds nothing but them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_safety.enforcement.entries import gather_entries, scatter_entries, selected_parameters
+from lightning_safety.enforcement.gradients import dense_gradient, watch_gradient
+from lightning_safety.enforcement.optimizers import (
+    check_elementwise,
+    check_reports_steps,
+    check_state_is_elementwise,
+)
+from lightning_safety.scoring.mask import SafetyMask
+
+_NAMES_SHOWN = 5
+# CPU kernels work on vectors of up to 64 entries, and round what is left at the end of a tensor otherwise (fused AdamW,
+# and sums in bfloat16). An entry from the middle of a weight must not become one of these.
+_VECTOR = 64
+
+
+class CompactTraining:
+    """Trains the weights that a mask selects; everything else stays bit-identical.
+
+    From `attach` on, the optimizers hold one 1-D parameter per tensor with selected entries in place of the model's
+    parameters, in the same groups, so that learning rates, decay, schedules and flags stay as they were. A backward
+    pass hands each of them the selected entries of its tensor's gradient and frees the rest at once; after a step the
+    values are written into the model. So gradients, optimizer state, clipping and scaling cover selected weights only.
+
+    Args:
+        mask: The weights to train, by canonical parameter name.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> mask = SafetyMask({"weight": torch.tensor([1])}, {"weight": (1, 2)})
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> before = model.weight.detach().clone()
+        >>> with CompactTraining(mask).attach(model, [optimizer]):
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> (model.weight == before).tolist()
+        [[True, False]]
+    """
+
+    def __init__(self, mask: SafetyMask) -> None:
+        self.mask = mask
+        self._trained: list[_TrainedTensor] = []
+        self._handles: list[RemovableHandle] = []
+        self._unchecked: set[Optimizer] = set()
+
+    def attach(self, model: torch.nn.Module, optimizers: Iterable[Optimizer]) -> Self:
+        """Put the selected entries into `optimizers` in place of the parameters of `model`.
+
+        Call it before a saved optimizer state is loaded: that state is one of the selected entries.
+
+        Args:
+            model: The causal language model, or a wrapper of it, that the mask was made for.
+            optimizers: Those that train the model. State that they hold already is carried over.
+
+        Returns:
+            The object itself, so that ``with CompactTraining(mask).attach(…):`` releases it at the end.
+
+        Raises:
+            ValueError: The mask does not fit the model, a selected weight is frozen or in no optimizer, an optimizer
+                holds no selected weight, or it is one that does not treat every weight by itself.
+            TypeError: An optimizer cannot be followed step by step.
+        """
+        self.release()
+        optimizers = list(optimizers)
+        trained = [
+            _TrainedTensor(name, parameter, indices)
+            for name, parameter, indices in selected_parameters(model, self.mask)
+        ]
+        _check_trainable(trained, optimizers)
+        unselected = {id(parameter): parameter for parameter in model.parameters()}
+        unselected |= {id(parameter): parameter for optimizer in optimizers for parameter in _parameters(optimizer)}
+        by_parameter = {id(tensor.parameter): tensor for tensor in trained}
+        for key in by_parameter:
+            del unselected[key]
+        for optimizer in optimizers:
+            _replace_parameters(optimizer, by_parameter)
+        self._trained, self._unchecked = trained, set(optimizers)
+        for tensor in trained:
+            tensor.take_gradient()
+        for parameter in unselected.values():
+            parameter.grad = None
+        self._handles = [tensor.watch_gradient() for tensor in trained]
+        # Left in place, requires_grad keeps the graph as the user's code and reentrant checkpointing expect it.
+        self._handles += [
+            watch_gradient(parameter, partial(setattr, parameter, "grad", None))
+            for parameter in unselected.values()
+            if parameter.requires_grad
+        ]
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        return self
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the indices and the compact parameters, in bytes; gradients and optimizer state come on top."""
+        return sum(tensor.indices.nbytes + tensor.compact.nbytes for tensor in self._trained)
+
+    def refresh(self) -> None:
+        """Take the values from the model again, after something else has changed it."""
+        for tensor in self._trained:
+            tensor.refresh()
+
+    def release(self) -> None:
+        """Remove every hook; the model holds the trained values. Releasing twice does nothing.
+
+        The optimizers keep the compact parameters: a checkpoint saved after the fit needs them, and Lightning makes
+        new optimizers for the next one.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._trained = [], []
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        if optimizer in self._unchecked:
+            for parameter in _parameters(optimizer):
+                check_state_is_elementwise(optimizer, parameter)
+            self._unchecked.remove(optimizer)
+        for tensor in self._trained:
+            tensor.write_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class _TrainedTensor:
+    """The selected entries of one parameter, and the 1-D parameter in which they are trained (same dtype).
+
+    Its last entries, up to 63, are zeros without gradient.
+    """
+
+    def __init__(self, name: str, parameter: torch.nn.Parameter, indices: Tensor) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.indices = indices
+        self.compact = torch.nn.Parameter(self._gather(parameter))
+        self._written = self.compact._version
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Return the selected entries of `tensor`, filled up with zeros to whole vectors."""
+        return torch.nn.functional.pad(gather_entries(tensor, self.indices), (0, -self.indices.numel() % _VECTOR))
+
+    def watch_gradient(self) -> RemovableHandle:
+        return watch_gradient(self.parameter, self.take_gradient)
+
+    def take_gradient(self) -> None:
+        """Add the selected entries of the gradient to that of the compact parameter, and free the rest."""
+        gradient = dense_gradient(self.name, self.parameter)
+        self.parameter.grad = None
+        # Lightning's toggle_optimizer switches off the parameters of other optimizers, which are the compact ones.
+        if gradient is None or not self.compact.requires_grad:
+            return
+        if self.compact._version != self._written:
+            raise RuntimeError(
+                "The optimizer expected to evaluate the model once in a step but it did so again after changing the"
+                f" weights (`{self.name}`). Use one that takes a gradient and makes a step, such as AdamW."
+            )
+        entries = self._gather(gradient)
+        if self.compact.grad is None:
+            self.compact.grad = entries
+        else:
+            self.compact.grad.add_(entries)
+
+    def refresh(self) -> None:
+        with torch.no_grad():
+            self.compact.copy_(self._gather(self.parameter))
+        self._written = self.compact._version
+
+    def write_back(self) -> None:
+        scatter_entries(self.parameter, self.indices, self.compact.detach()[: self.indices.numel()])
+        self._written = self.compact._version
+
+    def compact_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's state of the whole tensor for its selected entries."""
+        return {
+            key: self._gather(value)
+            if isinstance(value, Tensor) and value.shape == self.parameter.shape
+            else value
+            for key, value in state.items()
+        }
+
+
+def _check_trainable(trained: list[_TrainedTensor], optimizers: list[Optimizer]) -> None:
+    """Refuse, before anything is changed, what would not train the selected weights as the user expects."""
+    for optimizer in optimizers:
+        check_reports_steps(optimizer)
+        check_elementwise(optimizer)
+    frozen = [tensor.name for tensor in trained if not tensor.parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"`mask` expected to select trainable weights but {_listed(frozen)} frozen (`requires_grad=False`)."
+            " Unfreeze them, or score with `exclude=` so that none of their weights is selected."
+        )
+    held = [{id(parameter) for parameter in _parameters(optimizer)} for optimizer in optimizers]
+    absent = [tensor.name for tensor in trained if not any(id(tensor.parameter) in ids for ids in held)]
+    if absent:
+        raise ValueError(
+            f"`mask` expected to select weights that an optimizer trains but {_listed(absent)} in none."
+            " Pass all parameters of the model to the optimizer, and build a new optimizer in every"
+            " `configure_optimizers`."
+        )
+    selected = {id(tensor.parameter) for tensor in trained}
+    for position, (optimizer, ids) in enumerate(zip(optimizers, held, strict=True)):
+        if not ids & selected:
+            raise ValueError(
+                f"Optimizer {position} ({type(optimizer).__name__}) expected to hold selected weights but it holds"
+                " none, and only selected weights may change. Leave it out, or select some of its weights."
+            )
+
+
+def _replace_parameters(optimizer: Optimizer, by_parameter: dict[int, _TrainedTensor]) -> None:
+    """Put compact parameters into the groups of `optimizer`. Groups stay, even empty: schedulers count them."""
+    for group in optimizer.param_groups:
+        trained = [by_parameter[id(parameter)] for parameter in group["params"] if id(parameter) in by_parameter]
+        for parameter in group["params"]:
+            state = optimizer.state.pop(parameter, None)
+            if state and id(parameter) in by_parameter:
+                tensor = by_parameter[id(parameter)]
+                optimizer.state[tensor.compact] = tensor.compact_state(state)
+        group["params"] = [tensor.compact for tensor in trained]
+        if "param_names" in group:
+            group["param_names"] = [tensor.name for tensor in trained]
+
+
+def _parameters(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _listed(names: list[str]) -> str:
+    """Return up to five names and the verb that follows them."""
+    shown = ", ".join(f"`{name}`" for name in names[:_NAMES_SHOWN])
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing single entries of a tensor by flat index, and comparing them bit by bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_safety.language.find import named_weights
+from lightning_safety.scoring.mask import SafetyMask
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return a copy of the entries of `tensor` at flat (row-major) `indices`.
+
+    Args:
+        tensor: Any shape and strides.
+        indices: 1-D, int32 or int64, on the same device.
+
+    Returns:
+        1-D, one value per index, dtype of `tensor`, outside the autograd graph.
+
+    Example:
+        >>> gather_entries(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 2]))
+        tensor([2., 3.])
+    """
+    flat = tensor.detach()
+    if flat.is_contiguous():
+        return flat.view(-1).index_select(0, indices)
+    return flat[torch.unravel_index(indices.long(), flat.shape)]
+
+
+def scatter_entries(tensor: Tensor, indices: Tensor, values: Tensor | float) -> None:
+    """Write `values` into `tensor`, in place, at flat (row-major) `indices`.
+
+    Args:
+        tensor: Any shape and strides; a parameter that requires gradient is written outside the autograd graph.
+        indices: 1-D, int32 or int64, without duplicates, on the same device.
+        values: One value per index in the dtype of `tensor`, or one number for all.
+    """
+    flat = tensor.detach()
+    # index_copy_ and index_fill_ take int64 only; the copy of int32 indices lives for one tensor at a time.
+    indices = indices.long()
+    if not flat.is_contiguous():
+        flat[torch.unravel_index(indices, flat.shape)] = values
+    elif isinstance(values, Tensor):
+        flat.view(-1).index_copy_(0, indices, values)
+    else:
+        flat.view(-1).index_fill_(0, indices, values)
+
+
+def count_different_bits(left: Tensor, right: Tensor) -> int:
+    """Count the entries whose bit patterns differ: NaN equals itself, -0.0 differs from 0.0.
+
+    Args:
+        left: Any shape.
+        right: Same shape and dtype.
+
+    Example:
+        >>> count_different_bits(torch.tensor([0.0, torch.nan]), torch.tensor([-0.0, torch.nan]))
+        1
+    """
+    integer = _INTEGER_OF_SIZE[left.element_size()]
+    return int((left.view(integer) != right.view(integer)).sum())
+
+
+def selected_parameters(model: torch.nn.Module, mask: SafetyMask) -> list[tuple[str, torch.nn.Parameter, Tensor]]:
+    """Return (name, parameter, flat indices on the parameter's device) of each tensor with a selected entry.
+
+    Raises:
+        ValueError: A tensor of the mask is not in the model or has another shape. The message lists close names.
+    """
+    mask.check_model(model)
+    weights = named_weights(model)
+    return [
+        (name, weights[name], indices.to(weights[name].device))
+        for name, indices in mask.indices.items()
+        if indices.numel()
+    ]
+
+
+def snapshot_entries(model: torch.nn.Module, mask: SafetyMask) -> dict[str, Tensor]:
+    """Return copies of the selected entries, on the CPU, by tensor name; each 1-D in the dtype of its weight.
+
+    Raises:
+        ValueError: The mask does not fit the model.
+    """
+    return {
+        name: gather_entries(parameter, indices).cpu() for name, parameter, indices in selected_parameters(model, mask)
+    }

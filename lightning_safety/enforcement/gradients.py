@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Following the gradient of a parameter as it is accumulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+
+def dense_gradient(name: str, parameter: Tensor) -> Tensor | None:
+    """Return the gradient of `parameter`, None where it has none.
+
+    Raises:
+        RuntimeError: The gradient is sparse.
+    """
+    gradient = parameter.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        raise RuntimeError(
+            f"Gradient of `{name}` expected to be dense but it is sparse. Build its embedding with `sparse=False`."
+        )
+    return gradient
+
+
+def watch_gradient(parameter: Tensor, react: Callable[[], None]) -> RemovableHandle:
+    """Call `react` whenever a gradient has been accumulated into `parameter`, which must require one."""
+    register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
+    return register(lambda _: react())

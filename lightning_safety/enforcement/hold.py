@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holding selected weights at their values, bit for bit, whatever the optimizer does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_safety.enforcement.entries import (
+    count_different_bits,
+    gather_entries,
+    scatter_entries,
+    selected_parameters,
+)
+from lightning_safety.enforcement.gradients import dense_gradient, watch_gradient
+from lightning_safety.enforcement.optimizers import check_reports_steps
+from lightning_safety.scoring.mask import SafetyMask
+
+
+class WeightHolder:
+    """Holds the weights that a mask selects: bit-identical from `attach` until `release`.
+
+    Two things are needed for that. The gradient of a held weight is set to zero as soon as it is accumulated, so that
+    gradient clipping sees only what may move. And its value is put back after every optimizer step, because weight
+    decay, momentum from earlier steps and block-wise or matrix-wise optimizers move weights whose gradient is zero.
+
+    Args:
+        mask: The weights to hold, by canonical parameter name.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> mask = SafetyMask({"weight": torch.tensor([1])}, {"weight": (1, 2)})
+        >>> optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+        >>> before = model.weight.detach().clone()
+        >>> with WeightHolder(mask).attach(model, [optimizer]) as holder:
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> (model.weight == before).tolist()
+        [[False, True]]
+    """
+
+    def __init__(self, mask: SafetyMask) -> None:
+        self.mask = mask
+        self._held: list[_HeldTensor] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: torch.nn.Module, optimizers: Iterable[Optimizer]) -> Self:
+        """Hold the weights of `model` at their present values through the steps of `optimizers`.
+
+        The parameters are looked up by name here, so that a holder can be attached again after a model was wrapped,
+        moved or loaded. Frozen parameters, tied ones and those in no optimizer are held as well.
+
+        Args:
+            model: The causal language model, or a wrapper of it, that the mask was made for.
+            optimizers: Every optimizer that may change the model.
+
+        Returns:
+            The holder itself, so that ``with WeightHolder(mask).attach(…):`` releases it at the end.
+
+        Raises:
+            ValueError: The mask does not fit the model.
+            TypeError: An optimizer cannot be followed step by step.
+        """
+        self.release()
+        optimizers = list(optimizers)
+        for optimizer in optimizers:
+            check_reports_steps(optimizer)
+        self._held = [
+            _HeldTensor(name, parameter, indices, gather_entries(parameter, indices))
+            for name, parameter, indices in selected_parameters(model, self.mask)
+        ]
+        # The integer weights of a quantised model take no gradient.
+        self._handles = [held.watch_gradient() for held in self._held if held.parameter.is_floating_point()]
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        return self
+
+    @property
+    def bytes(self) -> int:
+        """Memory that holding takes, in bytes: the indices and the held values."""
+        return sum(held.indices.nbytes + held.values.nbytes for held in self._held)
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of held weights to zero, for instance after something was added to them."""
+        for held in self._held:
+            held.zero_gradient()
+
+    def restore(self) -> None:
+        """Write the held values back."""
+        for held in self._held:
+            held.restore()
+
+    def verify(self) -> int:
+        """Count the held weights whose bits are not those they were held at; 0 unless something went around us."""
+        return sum(held.count_moved() for held in self._held)
+
+    def release(self) -> None:
+        """Remove every hook and forget the values. The weights keep them. Releasing twice does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._held = [], []
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self.restore()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+@dataclass
+class _HeldTensor:
+    """The held entries of one parameter: where they are (flat indices) and what they are (in the weight's dtype)."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    indices: Tensor
+    values: Tensor
+
+    def watch_gradient(self) -> RemovableHandle:
+        """Set held entries to zero whenever a gradient has been accumulated."""
+        # A frozen parameter takes no hook, but it may be unfrozen during the run.
+        required = self.parameter.requires_grad
+        self.parameter.requires_grad_(True)
+        try:
+            return watch_gradient(self.parameter, self.zero_gradient)
+        finally:
+            self.parameter.requires_grad_(required)
+
+    def zero_gradient(self) -> None:
+        gradient = dense_gradient(self.name, self.parameter)
+        if gradient is not None:
+            self._follow_device()
+            # By assignment: a product with a 0/1 mask would keep NaN and infinity.
+            scatter_entries(gradient, self.indices, 0.0)
+
+    def restore(self) -> None:
+        self._follow_device()
+        scatter_entries(self.parameter, self.indices, self.values)
+
+    def count_moved(self) -> int:
+        self._follow_device()
+        return count_different_bits(gather_entries(self.parameter, self.indices), self.values)
+
+    def _follow_device(self) -> None:
+        """Lightning moves the model to the CPU at the end of a fit; a user may move it in between."""
+        self.indices, self.values = self.indices.to(self.parameter.device), self.values.to(self.parameter.device)
