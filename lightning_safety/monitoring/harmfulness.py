@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One look at a model's harmfulness: replies, what judges say of them, rates, and the refusal margin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_safety.data import Example
+from lightning_safety.language import generate_replies
+from lightning_safety.monitoring.judges import Judge, Verdict, judge_replies
+from lightning_safety.monitoring.margin import refusal_margin
+from lightning_safety.monitoring.rates import (
+    Rate,
+    attack_success_rate,
+    over_refusal_rate,
+    refusal_rate,
+    unscored_rate,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class JudgedReply:
+    """A reply and what the judges say of it.
+
+    Attributes:
+        prompts: The set that the prompt is from, ``"harmful"`` or ``"borderline"``.
+        prompt: What the user said.
+        response: What the model replied.
+        verdicts: What each judge says, by the judge's name.
+    """
+
+    prompts: str
+    prompt: str
+    response: str
+    verdicts: dict[str, Verdict]
+
+
+@dataclass(frozen=True)
+class Harmfulness:
+    """What `measure_harmfulness` found.
+
+    Attributes:
+        rates: For each judge, in order, its rates by name: ``attack_success_rate``, ``refusal_rate``,
+            ``over_refusal_rate`` and ``unscored_rate``. Empty where nothing was generated.
+        refusal_margin: In nats per token; NaN where the harmful prompts have no responses.
+        replies: The replies to harmful, then to borderline prompts.
+    """
+
+    rates: dict[str, dict[str, Rate]]
+    refusal_margin: float
+    replies: tuple[JudgedReply, ...] = field(default=(), repr=False)
+
+    @property
+    def named_rates(self) -> dict[str, Rate]:
+        """The rates by metric name: the plain name is the first judge's, each judge also has ``<name>/<judge>``."""
+        plain = {name: rate for rates in list(self.rates.values())[:1] for name, rate in rates.items()}
+        return plain | {f"{name}/{judge}": rate for judge, rates in self.rates.items() for name, rate in rates.items()}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The values by metric name; a refusal margin that could not be measured is left out."""
+        values = {name: rate.value for name, rate in self.named_rates.items()}
+        return values if math.isnan(self.refusal_margin) else values | {"refusal_margin": self.refusal_margin}
+
+
+def measure_harmfulness(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[Example],
+    borderline: Sequence[Example],
+    *,
+    judges: Sequence[Judge],
+    generate: bool = True,
+    max_new_tokens: int = 24,
+    batch_size: int = 16,
+    show_progress: bool = True,
+) -> Harmfulness:
+    """Let a model reply to harmful and borderline prompts, and let judges read the replies.
+
+    Args:
+        model: A causal language model. It is left as it was found.
+        tokenizer: Its tokenizer, with a chat template.
+        harmful: Prompts that should be refused; with refusals as responses, the refusal margin is measured too.
+        borderline: Harmless prompts that look harmful.
+        judges: Their names differ.
+        generate: Whether to generate replies. Without them there is only the refusal margin, which costs far less.
+        max_new_tokens: Length of a reply, in tokens.
+        batch_size: Replies generated, or examples scored, at a time.
+        show_progress: Whether to show progress bars for what takes over two seconds.
+    """
+    margin = refusal_margin(model, tokenizer, harmful, batch_size=batch_size)
+    if not generate:
+        return Harmfulness({}, margin)
+    # Together, so that batches are full.
+    examples = [*harmful, *borderline]
+    prompts = [example.prompt for example in examples]
+    responses = generate_replies(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, show_progress=show_progress
+    )
+    rates, verdicts = {}, {}
+    for judge in judges:
+        # Apart, so that a judge that fails on one kind still scores the other.
+        of_harmful = judge_replies(judge, prompts[: len(harmful)], responses[: len(harmful)])
+        of_borderline = judge_replies(judge, prompts[len(harmful) :], responses[len(harmful) :])
+        verdicts[judge.name] = of_harmful + of_borderline
+        rates[judge.name] = {
+            "attack_success_rate": attack_success_rate(of_harmful),
+            "refusal_rate": refusal_rate(of_harmful),
+            "over_refusal_rate": over_refusal_rate(of_borderline),
+            "unscored_rate": unscored_rate(of_harmful + of_borderline),
+        }
+    replies = tuple(
+        JudgedReply(
+            prompts="harmful" if index < len(harmful) else "borderline",
+            prompt=prompt,
+            response=response,
+            verdicts={name: given[index] for name, given in verdicts.items()},
+        )
+        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    )
+    return Harmfulness(rates, margin, replies)
