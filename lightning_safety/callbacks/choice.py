@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing weights for a callback: by score, at random, or from a mask that is given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_safety.arguments import check_fraction, check_positive, closest
+from lightning_safety.scoring import (
+    ObjectiveBatch,
+    RefusalMargin,
+    SafetyMask,
+    SafetyObjective,
+    expected_safety_impact,
+    scored_weights,
+    select_bottom,
+    select_random,
+    select_top,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+Method = Literal["top", "bottom", "random"]
+
+
+@dataclass
+class WeightChoice:
+    """How weights are chosen where no mask is given; the arguments are those of `SafetyPreservingAdaptation`."""
+
+    fraction: float
+    objective: SafetyObjective | None
+    method: Method
+    batch_size: int
+    seed: int
+    include: str | Sequence[str] | None
+    exclude: str | Sequence[str] | None
+    show_progress: bool
+
+    def __post_init__(self) -> None:
+        self.fraction = check_fraction(self.fraction)
+        check_positive(self.batch_size, "batch_size")
+        if self.method not in get_args(Method):
+            raise ValueError(
+                f"`method` expected to be one of {', '.join(map(repr, get_args(Method)))} but got {self.method!r}."
+                f" {closest(str(self.method), get_args(Method))}"
+            )
+        if self.objective is not None and not isinstance(self.objective, SafetyObjective):
+            raise TypeError(
+                f"`objective` expected to be a SafetyObjective but got {type(self.objective).__name__}."
+                " Pass an instance, for instance `RefusalMargin()`."
+            )
+
+    def mask(
+        self, model: nn.Module, find_tokenizer: Callable[[], PreTrainedTokenizerBase], *, quick: bool
+    ) -> SafetyMask:
+        """Choose weights of `model`.
+
+        Args:
+            model: The causal language model, on its device.
+            find_tokenizer: Called where scores need a tokenizer.
+            quick: Whether two prompts are enough, for a run that only tries everything once.
+        """
+        metadata = {"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
+        if self.method == "random":
+            weights = scored_weights(model, include=self.include, exclude=self.exclude)
+            shapes: dict[str, Tensor] = {name: torch.empty(w.shape, device="meta") for name, w in weights.items()}
+            return select_random(shapes, self.fraction, self.seed, metadata=metadata)
+        objective = RefusalMargin() if self.objective is None else self.objective
+        scores = expected_safety_impact(
+            model,
+            _TwoPrompts(objective) if quick else objective,
+            find_tokenizer(),
+            batch_size=self.batch_size,
+            include=self.include,
+            exclude=self.exclude,
+            show_progress=self.show_progress,
+        )
+        select = select_top if self.method == "top" else select_bottom
+        return select(scores, self.fraction, metadata=metadata | objective.describe())
+
+
+class GivenMask:
+    """The mask that a callback was given, in memory or as a file that is read when it is needed."""
+
+    def __init__(self, mask: SafetyMask | str | os.PathLike[str] | None) -> None:
+        if not isinstance(mask, SafetyMask | str | os.PathLike | None):
+            raise TypeError(
+                f"`mask` expected to be a SafetyMask or the path of one but got {type(mask).__name__}."
+                " Leave it out to score the model at the start of the fit."
+            )
+        self._mask = mask if isinstance(mask, SafetyMask) else None
+        self.path = None if mask is None or isinstance(mask, SafetyMask) else Path(mask)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is one at all."""
+        return self._mask is not None or self.path is not None
+
+    def read(self) -> SafetyMask | None:
+        """Return the mask, or None where none was given.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a mask.
+        """
+        if self._mask is None and self.path is not None:
+            self._mask = SafetyMask.load(self.path)
+        return self._mask
+
+
+class _TwoPrompts(SafetyObjective):
+    """An objective on its first two prompts."""
+
+    def __init__(self, objective: SafetyObjective) -> None:
+        self._objective = objective
+
+    def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:  # noqa: ARG002
+        return self._objective.batches(tokenizer, batch_size=1)[:2]
+
+    def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
+        return self._objective.loss(model, batch)

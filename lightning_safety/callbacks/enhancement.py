@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safety Enhancement Tuning: train safety-critical weights and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_safety.callbacks.choice import Method, WeightChoice
+from lightning_safety.callbacks.log import leaves_files
+from lightning_safety.callbacks.selected import SelectedWeightsCallback
+from lightning_safety.enforcement import CompactTraining, SafetyPatch, snapshot_entries
+from lightning_safety.scoring import SafetyMask, SafetyObjective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class SafetyEnhancementTuning(SelectedWeightsCallback):
+    """Trains safety-critical weights only; everything else stays bit-identical (SET, arXiv 2604.08297).
+
+    At the start of a fit it scores the model's weights by their Expected Safety Impact, and the optimizers then hold
+    nothing but the highest. It says *which weights* train; data and loss stay the module's, so give it what the model
+    should learn: refusals to harmful prompts, and helpful answers besides, or it learns to refuse everything.
+
+    Gradients and optimizer state take memory for selected weights only; `parameter.grad` of the model is always None,
+    so clip with ``Trainer(gradient_clip_val=…)`` or ``self.clip_gradients``. Parameters outside the language model
+    stand still too. Optimizers must treat every weight by itself, as AdamW, SGD and Lion do; 8-bit ones, Muon and
+    Adafactor are refused.
+
+    A resumed fit trains the weights of the fit it resumes and scores nothing; its random numbers continue where the
+    checkpoint was saved. Another ``fit`` with the same callback is a new fit and scores again, unless a mask is given.
+    ``validate``, ``test`` and ``predict`` are left alone. Runs on a single device.
+
+    Args:
+        fraction: Fraction of the scored weights to train, in (0, 1]. Without effect where `mask` is given.
+        mask: The weights to train: a mask or its file. None: choose them at the start of the fit. After that, the
+            attribute ``mask`` is the `SafetyMask`.
+        objective: What safety means for the scores. Default: `RefusalMargin`.
+        method: ``"top"``: the highest scores. ``"bottom"`` and ``"random"`` are controls.
+        tokenizer: The tokenizer or its path, for the scores. Default: the module's or the data module's, or the one
+            that lies beside the model's weights on disk.
+        language_model: The dotted name of the language model in the module, where there are several.
+        batch_size: Prompts in one pass while scoring. Changes memory and time only.
+        seed: Seed of the random choice.
+        include: Score only weights whose names match one of these shell-style patterns.
+        exclude: Leave out those whose names match one of these.
+        save_mask: File to write the mask to at the start of the fit.
+        show_progress: Whether a bar shows the scoring where it takes over two seconds.
+        patch: File to write the `SafetyPatch` to at the end of the fit: what turns the model from before the fit into
+            the one after. The attribute ``patch`` is the patch itself.
+
+    Raises:
+        ValueError: An argument is out of range. At the start of a fit: the mask does not fit the model, the strategy or
+            an optimizer is not supported, a selected weight is frozen, in no optimizer, has an adapter or is held by a
+            `SafetyPreservingAdaptation` beside, or a checkpoint without a mask is resumed and none is given.
+        TypeError: An argument is of the wrong type.
+    """
+
+    trains = True
+
+    def __init__(
+        self,
+        fraction: float = 0.01,
+        mask: SafetyMask | os.PathLike[str] | str | None = None,
+        objective: SafetyObjective | None = None,
+        *,
+        method: Method = "top",
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        language_model: str | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        save_mask: os.PathLike[str] | str | None = None,
+        show_progress: bool = True,
+        patch: os.PathLike[str] | str | None = None,
+    ) -> None:
+        choice = WeightChoice(fraction, objective, method, batch_size, seed, include, exclude, show_progress)
+        super().__init__(choice, mask, tokenizer, language_model, save_mask)
+        self.patch_file = patch
+        self._training: CompactTraining | None = None
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._before: dict[str, Tensor] = {}
+        self._patch: SafetyPatch | None = None
+
+    @property
+    def patch(self) -> SafetyPatch | None:
+        """What the last fit changed; None before its end."""
+        return self._patch
+
+    def describe(self, count: str) -> str:
+        """Return what happens to so many weights."""
+        return f"trains {count} and nothing else"
+
+    def enforce(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        model: nn.Module,
+        mask: SafetyMask,
+    ) -> int:
+        """Put the weights into the optimizers in place of the model's parameters."""
+        restored = self._restored if self._resumes else None
+        self._before = snapshot_entries(model, mask) if restored is None else restored["before"]
+        self._training = CompactTraining(mask).attach(model, trainer.optimizers)
+        return self._training.bytes
+
+    def release(self) -> None:
+        """Stop training; the model holds the trained values."""
+        if self._training is not None:
+            self._training.release()
+            self._training = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mask, the values before the fit, and the state of all random number generators."""
+        state = super().state_dict()
+        return {**state, "before": dict(self._before)} if state else state
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse the optimizer state of a fit that trained whole tensors."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn != "fit" or self.state_key in checkpoint["callbacks"]:
+            return
+        states = [
+            state for optimizer in checkpoint.get("optimizer_states", ()) for state in optimizer["state"].values()
+        ]
+        if any(isinstance(value, Tensor) and value.dim() > 1 for state in states for value in state.values()):
+            raise ValueError(
+                f"`ckpt_path` expected to be a checkpoint of a fit with {type(self).__name__} but its optimizer trained"
+                " whole tensors. Start a new fit from its weights: load them with `load_from_checkpoint`, and leave"
+                " `ckpt_path` out."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the values from the model once more: a learning rate finder trains and puts the model back."""
+        super().on_train_start(trainer, pl_module)
+        if self._training is not None:
+            self._training.refresh()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Make the patch, and write it if a file was given."""
+        if self._training is None or self._model is None or self._mask is None:
+            return
+        metadata = {"made_by": type(self).__name__, "steps": str(trainer.global_step)}
+        self._patch = SafetyPatch.capture(self._model, self._mask, self._before, metadata)
+        if self.patch_file is not None and leaves_files(trainer) and trainer.is_global_zero:
+            self._patch.save(self.patch_file)
+            rank_zero_info(
+                f"{type(self).__name__}: {self._patch.changed:,} weights changed; the patch is in"
+                f" {os.fspath(self.patch_file)}."
+            )

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continuing a fit as if it had not been interrupted: random numbers, and loaders that cannot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_safety.randomness import restore_random_state
+
+
+class ResumedRandomness:
+    """Gives a resumed fit the random numbers that the uninterrupted one would have drawn.
+
+    Two moments matter. Lightning makes the iterator of the training loader, which draws a seed and a shuffled order,
+    between ``on_fit_start`` and ``on_train_start``. Where the next batch begins an epoch, the uninterrupted fit makes
+    it too, after the checkpoint: the state must be back before. Where it continues an epoch, the uninterrupted fit
+    made it long ago: the state must be back after. Restoring is repeatable, so that any number of callbacks may do it.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+
+    def at_fit_start(self, state: dict[str, Any] | None) -> None:
+        """Restore `state`, of `capture_random_state`, as the last thing in ``on_fit_start``. None: not resumed."""
+        self._state = state
+        if state is not None:
+            restore_random_state(state)
+
+    def at_train_start(self, trainer: pl.Trainer) -> None:
+        """Restore it again in ``on_train_start``, if an epoch is continued."""
+        if self._state is not None and continues_epoch(trainer):
+            restore_random_state(self._state)
+        self._state = None
+
+
+def continues_epoch(trainer: pl.Trainer) -> bool:
+    """Whether the next training batch is not the first of an epoch; for ``on_train_start``."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current.ready > 0 and not progress.is_last_batch
+
+
+def warn_of_loaders_that_start_over(trainer: pl.Trainer) -> None:
+    """Warn of each training loader that starts its epoch over although the fit continues one."""
+    if not continues_epoch(trainer):
+        return
+    for loader in _loaders(trainer.train_dataloader):
+        if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+            dataset = getattr(loader, "dataset", None)
+            over = "" if dataset is None else f" over {type(dataset).__name__}"
+            warnings.warn(
+                f"{type(loader).__name__}{over} cannot continue in the middle of an epoch: the resumed fit sees its"
+                " first batches again, and ends with other weights than an uninterrupted one. Held weights stay held."
+                " Give the loader `state_dict` and `load_state_dict`, or resume from a checkpoint of an epoch's end.",
+                stacklevel=2,
+            )
+
+
+def _loaders(loaders: Any) -> Iterator[Any]:
+    """Yield the loaders in what a LightningModule may return: one, or nested lists and mappings of them."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        for loader in loaders:
+            yield from _loaders(loader)
+    elif loaders is not None:
+        yield loaders

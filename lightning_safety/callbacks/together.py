@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What callbacks that hold or train selected weights mean for each other and for the model as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lightning_safety.language import canonical_name, named_weights
+from lightning_safety.scoring import SafetyMask
+
+if TYPE_CHECKING:
+    from lightning_safety.callbacks.selected import SelectedWeightsCallback
+
+
+def check_together(callbacks: Sequence[SelectedWeightsCallback]) -> None:
+    """Refuse two callbacks that train nothing but their own weights, and a weight that one holds and another trains."""
+    training = [callback for callback in callbacks if callback.trains]
+    if len(training) > 1:
+        raise ValueError(
+            f"`callbacks` expected to hold one {type(training[0]).__name__} but there are {len(training)}, and each"
+            " trains nothing but its own weights. Pass one with the union of the masks: `mask=first | second`."
+        )
+    for trains in training:
+        for holds in callbacks:
+            if holds is trains or trains.mask is None or holds.mask is None:
+                continue
+            overlap = trains.mask.overlap(holds.mask)
+            if overlap:
+                raise ValueError(
+                    f"`mask` expected to select other weights in {type(trains).__name__} and {type(holds).__name__} but"
+                    f" {overlap:,} are in both: they cannot be trained and held still. Take them out of one,"
+                    " for instance `mask=trained - held`."
+                )
+
+
+def check_no_adapters(model: nn.Module, mask: SafetyMask) -> None:
+    """Refuse adapters on top of selected weights: they change what the weights do while the weights stand still."""
+    for name, _ in model.named_parameters():
+        canonical = canonical_name(name)
+        if ".base_layer." in name and canonical in mask.indices and mask.indices[canonical].numel():
+            raise ValueError(
+                f"`mask` expected to select weights without adapters but `{canonical}` has one (LoRA or alike), which"
+                " changes the layer whether or not the weight moves. That is not supported yet: train without adapters,"
+                " or leave these layers out of them."
+            )
+
+
+def held_fraction(callbacks: Sequence[SelectedWeightsCallback], model: nn.Module) -> float:
+    """Return the fraction of the model's weights that cannot move, all callbacks together."""
+    total = number_of_weights(model)
+    for callback in callbacks:
+        if callback.trains and callback.mask is not None:
+            return 1 - callback.mask.count / total
+    masks = [callback.mask for callback in callbacks if callback.mask is not None]
+    names = {name for mask in masks for name in mask.indices}
+    held = ([mask.indices[name] for mask in masks if name in mask.indices] for name in names)
+    return sum(int(torch.unique(torch.cat(indices)).numel()) for indices in held) / total
+
+
+def number_of_weights(model: nn.Module) -> int:
+    """Return the number of weights of a model, tied ones once."""
+    return sum(weight.numel() for weight in named_weights(model).values())
+
+
+def mask_digest(mask: SafetyMask) -> str:
+    """Return a short name for what a mask selects."""
+    digest = hashlib.sha256(mask.fingerprint.encode())
+    for indices in mask.indices.values():
+        digest.update(indices.numpy().tobytes())
+    return digest.hexdigest()[:12]
