@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a Lightning checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_safety.language import canonical_name, load_causal_lm, load_tokenizer, save_language_model
+from lightning_safety.training.checkpoint import FILES_KEY, unpack_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write the language model of a Lightning checkpoint as a Hugging Face folder.
+
+    The folder appears whole or not at all. Weights keep the dtype they have in the checkpoint.
+
+    Args:
+        checkpoint: The ``.ckpt`` file. It is read without running pickled code.
+        output: The folder to make.
+        base: The model whose architecture and tokenizer the checkpoint has: a hub id, a folder or a known name. Needed
+            unless the checkpoint is a `CausalLanguageModule`'s.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        FileExistsError: `output` is there and not empty.
+        ValueError: The file is no Lightning checkpoint, needs `base`, holds peft adapters, or does not hold exactly one
+            model of that architecture (the message lists what it holds).
+    """
+    target = Path(output)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(
+            f"`output` expected to be a new or empty folder but {str(target)!r} is there. Name another one."
+        )
+    content = _load_checkpoint(Path(checkpoint))
+    weights = {canonical_name(name): value for name, value in content["state_dict"].items()}
+    adapters = [name for name in weights if "lora_" in name]
+    if adapters:
+        raise ValueError(
+            f"`checkpoint` expected to hold whole weights but holds {len(adapters)} adapter weights (such as "
+            f"{adapters[0]!r}), which export cannot merge yet. Call `merge_and_unload()` on the peft model, then "
+            f"`save_pretrained`."
+        )
+    if base is not None:
+        model, tokenizer = load_causal_lm(base), load_tokenizer(base)
+    elif FILES_KEY in content:
+        model, tokenizer = _unpack(content[FILES_KEY])
+    else:
+        raise ValueError(
+            "`base` expected to name the model that was fine-tuned but got None, and only checkpoints of "
+            "CausalLanguageModule hold its configuration and tokenizer. For instance, `base='owner/model'`."
+        )
+    _load_weights(model, weights)
+    save_language_model(model, tokenizer, target)
+    return target
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        hint = " It is a folder: make one file of a sharded checkpoint first." if path.is_dir() else ""
+        raise FileNotFoundError(f"`checkpoint` expected to be a file but there is none at {str(path)!r}.{hint}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"`checkpoint` expected to be a Lightning checkpoint of tensors and plain values but {str(path)!r} is "
+            f"damaged or holds other objects, which are not loaded: {error!s:.300} If these are hyperparameters, leave "
+            f"them out with `save_hyperparameters(ignore=[…])`."
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
+        raise ValueError(f"`checkpoint` expected to be a Lightning checkpoint but {str(path)!r} has no `state_dict`.")
+    return content
+
+
+def _unpack(files: Mapping[str, Tensor]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Make the tokenizer, and the model without memory for its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        unpack_files(files, folder)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Put the weights of the one model in `weights` that fits into `model`."""
+    expected = model.state_dict()
+    # One of two tied names is enough: Lightning saves both, but a strategy may not.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    needed = {name: value.shape for name, value in expected.items() if name not in tied}
+    first = next(iter(needed))
+    found = [name.removesuffix(first) for name in weights if name == first or name.endswith(f".{first}")]
+    fitting = [prefix for prefix in found if not any(_misfits(prefix, weights, needed))]
+    if len(fitting) != 1:
+        raise ValueError(_explain(fitting, found, weights, needed))
+    own = {name: weights[fitting[0] + name] for name in expected if fitting[0] + name in weights}
+    model.load_state_dict(own, strict=False, assign=True)
+    model.tie_weights()
+
+
+def _misfits(
+    prefix: str, weights: Mapping[str, Tensor], needed: Mapping[str, torch.Size]
+) -> tuple[list[str], list[str]]:
+    """Return the names that are missing under `prefix`, and those of another shape."""
+    missing = [name for name in needed if prefix + name not in weights]
+    other = [name for name in needed if prefix + name in weights and weights[prefix + name].shape != needed[name]]
+    return missing, other
+
+
+def _explain(
+    fitting: list[str], found: list[str], weights: Mapping[str, Tensor], needed: Mapping[str, torch.Size]
+) -> str:
+    if fitting:
+        return f"`checkpoint` expected to hold one language model but it holds {len(fitting)}: {fitting}."
+    message = (
+        f"`checkpoint` expected to hold a language model of this architecture but it holds {len(weights)} weights "
+        f"under {sorted({name.split('.')[0] for name in weights})}. "
+    )
+    for prefix in found[:1]:
+        missing, other = _misfits(prefix, weights, needed)
+        message += f"Of the model under {prefix!r}, {len(missing)} weights are missing and {len(other)} have another "
+        message += f"shape (such as {(missing + other)[0]!r}). "
+    return message + "Check `base`."

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss on responses, and the divergence that keeps a model near the one it started from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_safety.language import response_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ResponsePredictions(NamedTuple):
+    """What a model predicts where the labels are learned, row after row.
+
+    Attributes:
+        log_probabilities: float32 [tokens, vocabulary].
+        targets: The tokens that come, int64 [tokens].
+        counts: The tokens of each row, int64 [batch].
+    """
+
+    log_probabilities: Tensor
+    targets: Tensor
+    counts: Tensor
+
+
+def predict_responses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> ResponsePredictions:
+    """Run `model` on a batch of `pad_batch`, differentiably.
+
+    Raises:
+        ValueError: No token of the batch is learned.
+    """
+    logits, targets, learned = response_logits(model, batch)
+    if not len(targets):
+        raise ValueError("`labels` expected to hold at least one learned token but all are -100. Check the responses.")
+    return ResponsePredictions(logits.float().log_softmax(dim=-1), targets, learned.sum(dim=1))
+
+
+def response_loss(predictions: ResponsePredictions, average: str = "token") -> Tensor:
+    """Return the negative log-likelihood in nats per token, a float32 scalar.
+
+    Args:
+        predictions: Of at least one token.
+        average: ``"token"``: the mean over tokens. ``"example"``: the mean over rows of each row's mean.
+    """
+    losses = functional.nll_loss(predictions.log_probabilities, predictions.targets, reduction="none")
+    if average == "token":
+        return losses.mean()
+    # Not a scatter: that adds in another order in each run on a GPU.
+    rows = torch.split(losses, [count for count in predictions.counts.tolist() if count])
+    return torch.stack([row.mean() for row in rows]).mean()
+
+
+def retention_divergence(
+    predictions: ResponsePredictions, start_model: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the mean over the response tokens of the retention rows of KL(start model ‖ current model), in nats.
+
+    Args:
+        predictions: The current model's, on the whole batch.
+        start_model: Frozen.
+        batch: Has ``retention``, bool [batch]. 0 is returned if it is false everywhere.
+
+    Raises:
+        ValueError: The batch has no ``retention``.
+    """
+    if "retention" not in batch:
+        raise ValueError(
+            "`retention_weight` expected a batch that says which rows it applies to, but no source is marked. "
+            "Add `retention: true` to a source of InstructionDataModule."
+        )
+    rows = batch["retention"]
+    if not rows.any():
+        return predictions.log_probabilities.new_zeros(())
+    with torch.no_grad():
+        start = predict_responses(start_model, {name: values[rows] for name, values in batch.items()})
+    current = predictions.log_probabilities[rows.repeat_interleave(predictions.counts)]
+    return functional.kl_div(current, start.log_probabilities, reduction="sum", log_target=True) / len(current)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A causal language model that learns responses."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_safety.arguments import closest
+from lightning_safety.language import find_tokenizer, load_causal_lm, load_tokenizer
+from lightning_safety.training.checkpoint import FILES_KEY, pack_files
+from lightning_safety.training.counters import correct_at_fit_start
+from lightning_safety.training.loss import predict_responses, response_loss, retention_divergence
+from lightning_safety.training.schedule import SCHEDULES, make_schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+LOSS_AVERAGES = ("token", "example")
+
+
+class CausalLanguageModule(pl.LightningModule):
+    """Trains a causal language model on the batches of `InstructionDataModule`.
+
+    Logs ``train/loss``, ``val/loss``, ``val/perplexity`` and, with a retention term, ``train/retention``. Validation
+    numbers are means over all response tokens, whatever the batches. Its checkpoints hold configuration and
+    tokenizer too, so that ``lightning-safety export`` needs nothing else.
+
+    Args:
+        source: A hub id, a folder, a GGUF file, a name that `load_causal_lm` knows, or a loaded model (then with
+            `tokenizer`).
+        tokenizer: The tokenizer or its path. Default: that of `source`.
+        dtype: The dtype of the weights. ``"float32"`` trains well with ``Trainer(precision="bf16-mixed")``.
+        gguf_file: The file's name, where `source` is a folder or hub id with GGUF files.
+        trust_remote_code: Whether to run Python code that comes with the model.
+        learning_rate: The highest learning rate.
+        optimizer: ``"adamw"``, or ``"adamw_8bit"`` of bitsandbytes. For another one override `configure_optimizers` or
+            use LightningCLI's ``--optimizer``.
+        betas: AdamW's running average coefficients.
+        weight_decay: AdamW's decay, of every weight that is trained.
+        schedule: ``"constant"``, ``"cosine"`` or ``"linear"``, over the optimizer steps of the whole fit.
+        warmup_fraction: Share of the steps during which the learning rate rises, in [0, 1).
+        loss_average: ``"token"``: the mean negative log-likelihood over the response tokens of the batch.
+            ``"example"``: the mean over examples of each one's mean, so that short responses count like long ones.
+        retention_weight: Adds this times the mean KL divergence, in nats per response token, from the start model to
+            the current one, on the rows whose source says ``retention: true``. Costs a second copy of the
+            weights (never saved in checkpoints) and a second forward pass.
+        gradient_checkpointing: Computes activations twice instead of keeping them.
+
+    Raises:
+        TypeError: A loaded model came without `tokenizer`.
+        ValueError: An unknown name or a number out of range.
+
+    Example:
+        >>> CausalLanguageModule("smollm2-135m-instruct", loss_average="tokens")
+        Traceback (most recent call last):
+        ...
+        ValueError: `loss_average` expected to be one of 'token', 'example' but got 'tokens'. Did you mean `token`?
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        dtype: str = "float32",
+        gguf_file: str | None = None,
+        trust_remote_code: bool = False,
+        learning_rate: float = 3e-5,
+        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        schedule: Literal["constant", "cosine", "linear"] = "constant",
+        warmup_fraction: float = 0.0,
+        loss_average: Literal["token", "example"] = "token",
+        retention_weight: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_choice("optimizer", optimizer, OPTIMIZERS)
+        _check_choice("schedule", schedule, SCHEDULES)
+        _check_choice("loss_average", loss_average, LOSS_AVERAGES)
+        _check_range("learning_rate", learning_rate, 0, math.inf)
+        _check_range("weight_decay", weight_decay, 0, math.inf)
+        _check_range("warmup_fraction", warmup_fraction, 0, 1)
+        _check_range("retention_weight", retention_weight, 0, math.inf)
+        loaded = not isinstance(source, str | os.PathLike)
+        self.save_hyperparameters(
+            {
+                "source": str(getattr(source, "name_or_path", "")) if loaded else os.fspath(source),
+                "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
+                "dtype": dtype,
+                "gguf_file": gguf_file,
+                "trust_remote_code": trust_remote_code,
+                "learning_rate": learning_rate,
+                "optimizer": optimizer,
+                "betas": list(betas),
+                "weight_decay": weight_decay,
+                "schedule": schedule,
+                "warmup_fraction": warmup_fraction,
+                "loss_average": loss_average,
+                "retention_weight": retention_weight,
+                "gradient_checkpointing": gradient_checkpointing,
+            }
+        )
+        self.learning_rate = learning_rate
+        self.model, self.tokenizer = _load(source, tokenizer, dtype, gguf_file, trust_remote_code)
+        self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
+        # In a tuple it is no submodule: the module holds one language model, and checkpoints hold one copy.
+        self._start_model: tuple[PreTrainedModel, ...] = ()
+        if retention_weight:
+            self._start_model = (copy.deepcopy(self.model).eval().requires_grad_(False),)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Models are loaded in evaluation mode, and Lightning trains what it finds.
+        self.model.train()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the logits [batch, length, vocabulary]."""
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+    def on_train_start(self) -> None:
+        """Correct Lightning's count of epochs after a resume."""
+        correct_at_fit_start(self.trainer)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Return the loss of one batch: ``input_ids``, ``attention_mask``, ``labels`` and maybe ``retention``."""
+        predictions = predict_responses(self.model, batch)
+        loss = response_loss(predictions, self.hparams["loss_average"])
+        examples = len(batch["labels"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=examples)
+        if self._start_model:
+            divergence = retention_divergence(predictions, self._start_model_on(loss.device), batch)
+            self.log("train/retention", divergence.detach(), batch_size=examples)
+            loss = loss + self.hparams["retention_weight"] * divergence
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # noqa: ARG002
+        """Add one batch to ``val/loss``."""
+        self._evaluate(batch, self.val_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss`` and ``val/perplexity``."""
+        self._log_evaluation("val", self.val_loss)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # noqa: ARG002
+        """Add one batch to ``test/loss``."""
+        self._evaluate(batch, self.test_loss)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss`` and ``test/perplexity``."""
+        self._log_evaluation("test", self.test_loss)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW over the weights that require a gradient, and the schedule.
+
+        Raises:
+            ValueError: The schedule needs a number of steps and the trainer has none.
+        """
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        options = {"lr": self.learning_rate, "betas": tuple(self.hparams["betas"])}
+        if self.hparams["optimizer"] == "adamw_8bit":
+            import bitsandbytes
+
+            adamw: Any = bitsandbytes.optim.AdamW8bit
+        else:
+            adamw = torch.optim.AdamW
+        optimizer = adamw(weights, **options, weight_decay=self.hparams["weight_decay"])
+        schedule, warmup = self.hparams["schedule"], self.hparams["warmup_fraction"]
+        if schedule == "constant" and not warmup:
+            return optimizer
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total) or total < 0:
+            raise ValueError(
+                f"`schedule={schedule!r}` with `warmup_fraction={warmup:g}` expected a trainer that ends but it has "
+                f"neither `max_steps` nor `max_epochs`. Set one, or use `schedule='constant'` without warm-up."
+            )
+        multiplier = make_schedule(schedule, warmup_steps=int(warmup * total), total_steps=total)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the configuration and tokenizer files that `export_checkpoint` reads."""
+        checkpoint[FILES_KEY] = pack_files(self.model, self.tokenizer)
+
+    def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric) -> None:
+        predictions = predict_responses(self.model, batch)
+        metric.update(response_loss(predictions), weight=len(predictions.targets))
+
+    def _log_evaluation(self, stage: str, metric: MeanMetric) -> None:
+        loss = metric.compute()
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp()}, prog_bar=True)
+        metric.reset()
+
+    def _start_model_on(self, device: torch.device) -> PreTrainedModel:
+        # Lightning moves submodules only.
+        return self._start_model[0].to(device)
+
+
+def _load(
+    source: Any, tokenizer: Any, dtype: str, gguf_file: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
+    if isinstance(source, str | os.PathLike):
+        model = load_causal_lm(source, dtype=dtype, **options)
+        return model, find_tokenizer(tokenizer) if tokenizer is not None else load_tokenizer(source, **options)
+    if tokenizer is None:
+        raise TypeError(
+            "`tokenizer` expected to be given beside a loaded model but got None. Pass an object or a path."
+        )
+    return source, find_tokenizer(tokenizer)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` expected to be one of {listed} but got {value!r}. {closest(str(value), choices)}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        raise ValueError(f"`{name}` expected to be a number in [{low}, {high}) but got {value!r}.")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_safety.data import Example, load_prompts
+from lightning_safety.training.sources import read_sources
+
+ROWS = [Example("Hello", "Good morning."), Example("Bye", "See you.")]
+
+
+@pytest.mark.parametrize(("argument", "split"), [("train", "train"), ("val", "monitor"), ("test", "test")])
+def test_a_built_in_set_alone_means_the_split_for_the_purpose(argument: str, split: str) -> None:
+    (source,) = read_sources("harmful", argument)
+    assert source.examples == load_prompts("harmful", split=split)
+    assert source.name == f"harmful/{split}"
+
+
+@pytest.mark.parametrize(("argument", "split"), [("train", "monitor"), ("train", "test"), ("val", "test")])
+def test_splits_kept_for_evaluation_are_refused(argument: str, split: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"`{argument}` expected a split of 'harmful' that is not kept.* got '{split}'"
+    ):
+        read_sources([{"source": "harmful", "split": split}], argument)
+
+
+def test_scoring_prompts_may_be_trained_on() -> None:
+    assert read_sources({"source": "harmful", "split": "score"}, "train")[0].name == "harmful/score"
+
+
+def test_a_file_may_have_any_split(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"split": "test", "q": "Hello", "a": "Good morning."}))
+    entry = {"source": str(path), "split": "test", "prompt_column": "q", "response_column": "a", "limit": None}
+    assert read_sources(entry, "train")[0].examples == [ROWS[0]]
+
+
+def test_mixture_with_rows_in_memory() -> None:
+    sources = read_sources(
+        [{"source": ROWS, "share": 0.75}, {"source": "harmless", "share": 0.25, "retention": True, "limit": 3}], "train"
+    )
+    assert [(len(source.examples), source.share, source.retention) for source in sources] == [
+        (2, 0.75, False),
+        (3, 0.25, True),
+    ]
+
+
+def test_list_of_names_and_of_examples(tmp_path: Path) -> None:
+    assert [source.name for source in read_sources(["harmful", "harmless"], "train")] == [
+        "harmful/train",
+        "harmless/train",
+    ]
+    assert read_sources(ROWS, "train")[0].examples == ROWS
+
+
+def test_thirds_may_be_rounded() -> None:
+    assert len(read_sources([{"source": ROWS, "share": 0.333}] * 3, "train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (5, TypeError, "`train` expected to be a prompt set's name"),
+        ([], TypeError, "`train` expected to be"),
+        ([ROWS[0], "harmful"], TypeError, "`train` expected to be"),
+        ({"source": 5}, TypeError, "`train.source` expected"),
+        ({"source": []}, TypeError, "`train.source` expected"),
+        ({"split": "train"}, ValueError, "expected the key `source`"),
+        ({"source": "harmful", "shares": 0.5}, ValueError, "got `shares`. Did you mean `share`"),
+        ({"source": "harmfull"}, ValueError, "Did you mean `harmful`"),
+        ({"source": ROWS, "split": "train"}, ValueError, "no `split` beside rows"),
+        ({"source": ROWS, "retention": "yes"}, TypeError, "`train.retention` expected to be true or false"),
+        ([{"source": ROWS, "share": 0.5}, {"source": ROWS}], ValueError, "for every source or for none"),
+        ([{"source": ROWS, "share": 0.5}, {"source": ROWS, "share": 0.4}], ValueError, "sum to 1 but they sum to 0.9"),
+        ([{"source": ROWS, "share": 50}, {"source": ROWS, "share": 50}], ValueError, r"in \(0, 1\] but got 50"),
+        ([{"source": ROWS, "share": float("nan")}], ValueError, r"in \(0, 1\] but got nan"),
+        ([ROWS[0], Example("What now?")], ValueError, "1 of the 2 rows of 'train' have none .first: row 2, 'What now"),
+    ],
+)
+def test_bad_input_is_named(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        read_sources(value, "train")
