@@ -11,7 +11,7 @@ quickstart: $(VENV)/.quickstart  ## SmolLM2-135M-Instruct made to refuse: score,
 	$(BIN)/lightning-safety recipes run quickstart
 
 test: check  ## Style, types, doctests and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 check: $(VENV)/.dev  ## ruff, mypy --strict and doctests
 	$(BIN)/ruff check .

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep a language model safe while you fine-tune it: a PyTorch Lightning plugin.
+
+Names are imported on first use (PEP 562), so that ``import lightning_safety`` costs nothing and pulls in neither
+Lightning nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_safety.callbacks import HarmfulnessMonitor, SafetyEnhancementTuning, SafetyPreservingAdaptation
+    from lightning_safety.data import Example, load_prompts
+    from lightning_safety.enforcement import SafetyPatch
+    from lightning_safety.language import (
+        find_language_model,
+        generate_replies,
+        load_causal_lm,
+        load_tokenizer,
+    )
+    from lightning_safety.monitoring import KeywordRefusalJudge, Verdict, evaluate_safety, perplexity
+    from lightning_safety.scoring import (
+        RefusalLikelihood,
+        RefusalMargin,
+        SafetyMask,
+        SafetyObjective,
+        expected_safety_impact,
+        select_bottom,
+        select_random,
+        select_top,
+    )
+    from lightning_safety.training import CausalLanguageModule, InstructionDataModule
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "callbacks": ("HarmfulnessMonitor", "SafetyEnhancementTuning", "SafetyPreservingAdaptation"),
+    "data": ("Example", "load_prompts"),
+    "enforcement": ("SafetyPatch",),
+    "language": ("find_language_model", "generate_replies", "load_causal_lm", "load_tokenizer"),
+    "monitoring": ("KeywordRefusalJudge", "Verdict", "evaluate_safety", "perplexity"),
+    "scoring": (
+        "RefusalLikelihood",
+        "RefusalMargin",
+        "SafetyMask",
+        "SafetyObjective",
+        "expected_safety_impact",
+        "select_bottom",
+        "select_random",
+        "select_top",
+    ),
+    "training": ("CausalLanguageModule", "InstructionDataModule"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_ROOM_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its room on first use."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, imported or not."""
+    return sorted(__all__)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from lightning_safety.cli import FUNCTIONS, TRAINING
+from lightning_safety.recipes import recipe_command, recipe_names, recipe_path, recipe_summary
+from lightning_safety.training.command_line import CLASSES, StudyCommand
+
+
+class ParsedOnly(StudyCommand):
+    """Stops before it makes what the configuration names."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+
+def parse(words):
+    """Return the configuration, checked by the signatures of the classes that it names."""
+    return ParsedOnly(**CLASSES, save_config_callback=None, run=False, args=words).config
+
+
+def test_the_recipes_are_these():
+    assert recipe_names() == ["instruction_tuning_baseline", "instruction_tuning_spa", "quickstart", "set_full"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_opens_with_its_command_and_its_purpose(name):
+    words = recipe_command(name)
+    assert words[0] in (*TRAINING, *FUNCTIONS)
+    assert words[words.index("--config") + 1] == str(recipe_path(name))
+    assert len(recipe_summary(name)) > 20
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_key_and_value_of_a_recipe_is_accepted(name):
+    _, *words = recipe_command(name)
+    configuration = parse(words)
+    assert configuration.model.class_path.endswith("CausalLanguageModule")
+    assert configuration.trainer.callbacks
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_misspelt_key_is_refused(name, capsys):
+    _, *words = recipe_command(name)
+    with pytest.raises(SystemExit):
+        parse([*words, "--data.init_args.batch_sise=3"])
+    assert "batch_sise" in capsys.readouterr().err
