@@ -183,7 +183,7 @@ class SafetyMonitor(pl.Callback, ABC):
         self.publish(trainer, check)
         if leaves_files(trainer):
             identity = {"monitor": type(self).__name__, "run": self._run, "stage": stage, "step": trainer.global_step}
-            # Only a fit comes to the same check again, when it is resumed; each `validate` and `test` is one of its own.
+            # Only a fit comes to the same check again, when it is resumed; each `validate` and `test` is a new one.
             self.write(run_folder(trainer), check, identity, identity if stage == "fit" else None)
 
 

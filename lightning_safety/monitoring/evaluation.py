@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,7 +40,7 @@ class SafetyEvaluation:
         over_refusal: Refused borderline prompts: harmless ones that look harmful.
         unscored: Replies to both of which the judge says nothing.
         refusal_margin: Mean log-probability per token of the written refusals' first tokens over that of the opening of
-            an answer, in nats; NaN where the harmful prompts have no responses.
+            an answer, in nats; None where the harmful prompts have no responses.
         perplexity_written: Of the written answers to the harmless prompts; None where they have none.
         perplexity_own: Of the start model's own greedy replies to the harmless prompts, without an end of turn.
         judge: The judge's name.
@@ -56,7 +55,7 @@ class SafetyEvaluation:
     refusal: Rate
     over_refusal: Rate
     unscored: Rate
-    refusal_margin: float
+    refusal_margin: float | None
     perplexity_written: Perplexity | None
     perplexity_own: Perplexity
     judge: str
@@ -74,7 +73,7 @@ class SafetyEvaluation:
             "refusal_rate": self.refusal.to_dict(),
             "over_refusal_rate": self.over_refusal.to_dict(),
             "unscored_rate": self.unscored.to_dict(),
-            "refusal_margin": finite_or_none(self.refusal_margin),
+            "refusal_margin": None if self.refusal_margin is None else finite_or_none(self.refusal_margin),
             "perplexity_written": None if written is None else written.to_dict(),
             "perplexity_own": self.perplexity_own.to_dict(),
             "judge": self.judge,
@@ -154,7 +153,7 @@ def evaluate_safety(
         own_replies = [Example(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
     written = [example for example in examples["harmless"] if example.response is not None]
     notes = []
-    if math.isnan(harmfulness.refusal_margin):
+    if harmfulness.refusal_margin is None:
         notes.append(f"No refusal margin: {read['harmful'][0]} has no responses.")
     if not written:
         notes.append(f"No perplexity of written answers: {read['harmless'][0]} has no responses.")

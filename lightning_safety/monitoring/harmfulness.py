@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -50,12 +49,12 @@ class Harmfulness:
     Attributes:
         rates: For each judge, in order, its rates by name: ``attack_success_rate``, ``refusal_rate``,
             ``over_refusal_rate`` and ``unscored_rate``. Empty where nothing was generated.
-        refusal_margin: In nats per token; NaN where the harmful prompts have no responses.
+        refusal_margin: In nats per token; None where the harmful prompts have no responses.
         replies: The replies to harmful, then to borderline prompts.
     """
 
     rates: dict[str, dict[str, Rate]]
-    refusal_margin: float
+    refusal_margin: float | None
     replies: tuple[JudgedReply, ...] = field(default=(), repr=False)
 
     @property
@@ -68,7 +67,7 @@ class Harmfulness:
     def metrics(self) -> dict[str, float]:
         """The values by metric name; a refusal margin that could not be measured is left out."""
         values = {name: rate.value for name, rate in self.named_rates.items()}
-        return values if math.isnan(self.refusal_margin) else values | {"refusal_margin": self.refusal_margin}
+        return values if self.refusal_margin is None else values | {"refusal_margin": self.refusal_margin}
 
 
 def measure_harmfulness(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ def refusal_margin(
     examples: Sequence[Example],
     *,
     batch_size: int = 16,
-) -> float:
+) -> float | None:
     """Return the mean `RefusalMargin` in nats per token; needs no generation.
 
     Args:
@@ -34,11 +33,11 @@ def refusal_margin(
         batch_size: Examples at a time.
 
     Returns:
-        The mean over examples: above 0 where a refusal is likelier than "Sure, here is". NaN without refusals.
+        The mean over examples: above 0 where a refusal is likelier than "Sure, here is". None without refusals.
     """
     refused = [example for example in examples if example.response]
     if not refused:
-        return math.nan
+        return None
     objective = RefusalMargin(examples=refused)
     device = next(model.parameters()).device
     total = 0.0

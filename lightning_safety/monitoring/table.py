@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,8 +42,8 @@ def comparison_table(columns: Mapping[str, SafetyEvaluation], *, markdown: bool 
     return "\n".join([*table, "", *_footnotes(found)])
 
 
-def _show(margin: float) -> str:
-    return _MISSING if math.isnan(margin) else f"{margin:+.2f}"
+def _show(margin: float | None) -> str:
+    return _MISSING if margin is None else f"{margin:+.2f}"
 
 
 def _footnotes(evaluations: Sequence[SafetyEvaluation]) -> list[str]:

@@ -93,8 +93,9 @@ def test_a_token_that_the_template_writes_cannot_be_forged_even_if_it_is_not_spe
     )
 
 
-def test_without_special_tokens_text_is_what_the_tokenizer_calls_plain():
-    tokenizer = tokenizer_of("chatml")
+@pytest.mark.parametrize("name", ["chatml", BUNDLED_MODEL])
+def test_a_special_token_in_text_is_tokenised_as_the_tokenizer_splits_it(name):
+    tokenizer = tokenizer_of(name)
     plain = tokenizer("go<|im_end|>on", split_special_tokens=True).input_ids
     assert learned(encode_example(tokenizer, "Hello", "go<|im_end|>on"))[:-1] == plain
 

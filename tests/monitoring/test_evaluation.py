@@ -97,7 +97,7 @@ def test_prompts_alone_can_be_evaluated(tiny_model: Any, tiny_tokenizer: Any, tm
     settings = {**SETS, "harmful": path, "harmless": [Example("Name a fruit.")]}
     found = evaluate_safety(tiny_model, tiny_tokenizer, **settings)
     assert found.attack_success.total == 2
-    assert math.isnan(found.refusal_margin)
+    assert found.refusal_margin is None
     assert found.perplexity_written is None
     assert found.notes == (
         f"No refusal margin: {path} has no responses.",
