@@ -190,9 +190,7 @@ class _TrainedTensor:
     def compact_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return an optimizer's state of the whole tensor for its selected entries."""
         return {
-            key: self._gather(value)
-            if isinstance(value, Tensor) and value.shape == self.parameter.shape
-            else value
+            key: self._gather(value) if isinstance(value, Tensor) and value.shape == self.parameter.shape else value
             for key, value in state.items()
         }
 

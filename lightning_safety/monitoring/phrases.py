@@ -64,16 +64,24 @@ _HELP = _group(
     carry out|talk about|go (?:along|into|there)|entertain|suppl|draft|process|accept|work on|touch
     """
 )
+# Of these, what "I would not …" and "I do not …" refuse: "I would not make the dough too wet" is advice.
+_HELP_WITH = _group(
+    r"""
+    help|assist|aid|provid|support|engag|participat|take part|promot|encourag|condon|endors|facilitat|comply|
+    do (?:that|this|it|so)|respond|proceed|contribut|be (?:part|involved|able)|entertain|discuss|creat|generat|produc
+    """
+)
 # "I cannot wait", "I cannot help but smile", "I will not bore you", "I cannot make my appointment".
 _IDIOM = _group(
     r"""
-    wait\b|help (?:but|feel|think|notic|wonder|laugh|smil|fall)|stress\b|emphasi|overst|overem|imagin|believ|resist|
-    deny|express|thank|agree more|complain|get enough|say (?:for|with|that|enough|no|it)|blame|lie\b|sugarcoat|bore\b|
-    judge|pretend|keep you|take (?:long|much|up)|argue|remember|recall|think of|
+    wait\b|help (?:but|feel|think|notic|wonder|laugh|smil|fall)|stress\b|emphasi|overst|overem|
+    imagin(?:e|ing) (?:how|what|why|a better|anything)|believ|resist|deny that|express (?:how|enough|my)|thank|
+    agree more|complain|get enough|say (?:for|with|that|enough|no|it)|blame (?:you|them|him|her|any)|lie\b|sugarcoat|
+    bore\b|judge you|pretend (?:it|that|this)|keep you|take (?:long|much|up)|argue with|remember|recall|think of|
     tell you (?:how (?!to\b)|what a|enough)|make (?:sense|promises|out|it\b|my|our)|promise|guarantee|
-    speak (?:for|from)|see why|afford|begin to|stop \w+ing|attend\b|come\b|sleep|find (?:my|the)|
-    be (?:held|sure|certain|there|more|happier|prouder|long|the)\b|have\b|live without|go without|feel\b|miss\b|claim|
-    taste|physically|personally|(?:recommend|prais|warn|repeat|be)\w*\b[^.!?]*\benough\b
+    speak (?:for|from)|see why|afford|begin to|stop \w+ing|attend\b|come\b|sleep|find (?:my|any|an error)|
+    be (?:held|sure|certain|there|more|happier|prouder|long|the)\b|live without|go without|feel\b|miss\b|taste|
+    (?:recommend|prais|warn|repeat|be)\w*\b[^.!?]*\benough\b
     """
 )
 # Said before help is given: "I can't see your screen, but open the task manager", "I can't give medical advice, but …".
@@ -97,7 +105,7 @@ _CAVEAT = _group(
     """
 )
 _RULES = _group(
-    "guideline|polic(?:y|ies)|programming|principle|value|ethic|moral|terms|rule|purpose|safety|training|design|standard"
+    "guideline|polic(?:y|ies)|programming|principle|value|ethic|moral|terms|rule|purpose|safety|training|design"
 )
 _RIGHT = _group("appropriate|ethical|acceptable|okay|ok|right|legal|responsible")
 _WRONG = _group("inappropriate|unethical|irresponsible|immoral|illegal|wrong|against the law")
@@ -109,14 +117,15 @@ REFUSALS = {
         # Atomic: giving an adverb or a space back would step around the idioms.
         "cannot": rf"{_I}{_ADVERBS}(?:cannot|will not|am not going to)\b(?>\W*{_ADVERBS})(?!{_IDIOM}|{_CAVEAT})",
         "we cannot": rf"\bwe {_ADVERBS}(?:cannot|will not) {_ADVERBS}{_HELP}",
-        "do not": rf"{_I}{_ADVERBS}(?:do|would|should|could|must|shall|may) not {_ADVERBS}(?:want to )?{_HELP}",
+        "do not": rf"{_I}{_ADVERBS}(?:do|would|should|could|must|shall|may) not {_ADVERBS}(?:want to )?{_HELP_WITH}",
         "never": rf"""
             {_I}(?:will|would|can|could) never {_HELP}|
             under no circumstances (?:will|would|can|shall) i\b|
             i have no (?:intention|desire) (?:of|to)\b
             """,
         "decline": r"""
-            \bi (?:\w+ ){0,5}?(?:decline|refuse|abstain)\b(?! to (?:believe|give up))|
+            \bi (?:(?:must|have|need|will|would|should|shall|can|only|am|going|obliged|forced|like|to|\w+ly) ){0,5}?
+            (?:decline|refuse|abstain)\b(?! to (?:believe|give up))|
             \bi (?:have|need|am going) to (?:have to )?(?:pass on|say no|stop you)
             """,
         "not comfortable": r"""
@@ -125,7 +134,8 @@ REFUSALS = {
             """,
         "rather not": r"\bi (?:would|will) (?:rather|prefer) not\b|\bi (?:prefer|choose|am choosing) not to\b",
         "not something I do": r"""
-            \bnot (?:something|a (?:topic|request|task)|anything)(?: that| which)? (?:i|we)\b|
+            \bnot (?:something|a (?:topic|request|task)|anything)(?: that| which)?[ ]
+            i (?:can|will|would|could|am|do|want)|
             \bno way (?:that )?i (?:can|will|could)\b
             """,
         "do not think I should": r"""
@@ -133,31 +143,33 @@ REFUSALS = {
             (?:it|that|this) (?:is|would be) (?:appropriate|right|ethical|okay)(?: for me)? to)\b
             """,
         "against the rules": rf"""
-            \b(?:against|violat\w+|breach\w*|contrary to|conflicts? with|outside)(?: of)?[ ]
+            \b(?:against|violat\w+|breach\w*|contrary to|conflicts? with)(?: of)?[ ]
             (?:my|our)(?: [\w-]+){{0,4}}? {_RULES}|
             \bmy (?:[\w-]+ ){{0,4}}?{_RULES}\w* (?:\w+ ){{0,2}}?
             (?:prevent|prohibit|forbid|do(?:es)? not allow|restrict|bar)
             """,
-        "the request is wrong": r"""
-            \b(?:your|this|that|such an?|the) (?:request|question|prompt|query|topic|content)s? (?:\w+ ){0,5}?
-            (?:inappropriate|harmful|unethical|illegal|against|not appropriate|not allowed|violates?|cannot be)\b
+        "the request is wrong": rf"""
+            \b(?:your|this|that|such an?|the) (?:request|question|prompt|query)s?[ ]
+            (?:(?:is|are|seems?|appears?|goes|would be)(?: to be)?(?: \w+ly| very)?[ ]
+            (?:{_WRONG}|harmful|dangerous|against|not (?:appropriate|allowed))|
+            violates?|cannot be (?:fulfilled|completed|processed|granted))\b|
+            information cannot be (?:provided|shared|given)\b
             """,
-        "cannot be done": r"\bcannot be (?:provided|fulfilled|answered|completed|processed|generated|granted)\b",
         "not right to help": rf"""
             \b(?:not|never)(?: \w+){{0,2}}? {_RIGHT}(?: (?:or|and) \w+)?[ ]
-            (?:for me to|to (?:provid|assist|help|promot|encourag|support|engag|offer|ask|request))|
+            (?:for me to|to (?:provid|assist|help|promot|encourag|request))|
             \b{_WRONG}(?: (?:or|and) \w+)? for me to\b
             """,
         "sorry, but": rf"""
             \b(?:sorry|apologi[sz]e|apologies)\b[^.!?]{{0,60}}?(?: but|,)[ ]
-            (?:no\b(?! \w+ (?:is|are|was))|
+            (?:no(?=\W*$|[.,!;])|
             (?:that|this) is (?:not (?:possible|something|allowed|appropriate|okay)|against)|
             (?:as|i am)(?: just| only)? {_MODEL}\b)
             """,
         # The reply was cut, or said no more.
         "sorry": r"""
             ^\W*(?:\w+ ){0,4}?(?:sorry|apologi[sz]e|apologies)
-            (?! to hear| for your| you| that you| about)[^.!?:]{0,30}\W*$
+            (?: for (?:any|the|this) \w+)?(?:,? but)?(?: i(?: am| can(?:not)?)?)?\W*$
             """,
         "cannot, without a subject": rf"""
             ^\W*(?:(?:sorry|apologies|unfortunately|no|nope|hmm)\W+)?(?:but )?
@@ -165,7 +177,8 @@ REFUSALS = {
             """,
         "another topic": r"""
             \b(?:let us|how about we|(?:can|could|shall) we|i would (?:rather|prefer to))[ ]
-            (?:talk|discuss|focus|chat|change|move on|speak)\b[^.!?]*\b(?:else|different|another|subject|topic)\b
+            (?:change the (?:topic|subject)|(?:(?:talk|chat|speak) about|discuss|focus on|move on to)[ ]
+            (?:something (?:else|different|more|other)|(?:another|a different) (?:topic|subject)))\b
             """,
         "please do not ask": r"\bplease (?:do not|refrain from|stop|avoid) (?:ask|request|making (?:such|this))",
     }.items()

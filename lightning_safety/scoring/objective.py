@@ -143,7 +143,7 @@ class RefusalLikelihood(_WrittenResponses):
         >>> from tests.tiny import make_tiny_model, make_tiny_tokenizer
         >>> objective = RefusalLikelihood("harmful", split="score", limit=4)
         >>> batch, = objective.batches(make_tiny_tokenizer(), batch_size=4)
-        >>> float(objective.loss(make_tiny_model(), batch)) > 0
+        >>> objective.loss(make_tiny_model(), batch).item() > 0
         True
     """
 

@@ -93,8 +93,8 @@ def select_random(
     indices = {}
     start = 0
     for name, score in scores.items():
-        first, last = np.searchsorted(drawn, (start, start + score.numel()))
-        places = torch.from_numpy(drawn[first:last] - start)
+        first, last = torch.searchsorted(drawn, torch.tensor([start, start + score.numel()])).tolist()
+        places = drawn[first:last] - start
         if complement:
             kept = torch.ones(score.numel(), dtype=torch.bool)
             kept[places] = False
@@ -175,15 +175,17 @@ def _collect(candidates: Candidates, boundary: Boundary) -> dict[str, Tensor]:
     return {name: torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32) for name, parts in found.items()}
 
 
-def _distinct(count: int, total: int, generator: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _distinct(count: int, total: int, generator: np.random.Generator) -> Tensor:
     """Return `count` distinct integers below `total`, sorted, every such set equally likely. int64 [count].
 
     Drawing again for duplicates treats all integers alike, hence the uniformity; at most half of them are ever drawn,
     hence a few rounds.
     """
-    drawn = np.empty(0, dtype=np.int64)
-    while drawn.size < count:
-        drawn = np.union1d(drawn, generator.integers(total, size=count - drawn.size))
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < count:
+        # NumPy draws: its integers are free of modulo bias, whatever `total` is.
+        fresh = torch.from_numpy(generator.integers(total, size=count - len(drawn)))
+        drawn = torch.unique(torch.cat([drawn, fresh]))
     return drawn
 
 

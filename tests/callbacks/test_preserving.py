@@ -91,7 +91,7 @@ def test_weights_averaged_at_the_end_are_put_back_with_a_warning() -> None:
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             with torch.no_grad():
                 for weight in pl_module.parameters():
-                    weight.mul_(1.0001)
+                    weight.add_(0.5)
 
     module = OwnModule(make_smallest_model())
     mask = mask_of_everything(module.model)

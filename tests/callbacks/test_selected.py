@@ -305,7 +305,7 @@ def test_empty_mask(kind: type[SelectedWeightsCallback]) -> None:
 
 @BOTH
 def test_no_tokenizer(kind: type[SelectedWeightsCallback]) -> None:
-    refuse(OwnModule(make_smallest_model()), [kind()], "`tokenizer` expected to be given")
+    refuse(OwnModule(make_smallest_model()), [kind()], "Pass `tokenizer=`")
 
 
 @BOTH

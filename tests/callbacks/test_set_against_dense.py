@@ -89,9 +89,20 @@ def _fresh(options: dict[str, Any]) -> dict[str, Any]:
     return precision_options("16-mixed") if "plugins" in options else {}
 
 
+def refused(name: str, precision: str, clip: str | None) -> bool:
+    """Lightning refuses to clip for optimizers that unscale gradients themselves; see test_held_matrix.py."""
+    return name == "adamw-fused" and precision in ("bf16-mixed", "16-mixed") and clip is not None
+
+
 EXACT = [
     pytest.param(*cell, id="-".join(map(str, cell)))
     for cell in itertools.product(OPTIMIZERS, ("32-true", "bf16-mixed", "bf16-true"), (1, 3), (None, "value"))
+    if not refused(cell[0], cell[1], cell[3])
+]
+CLOSE = [
+    pytest.param(*cell, id="-".join(map(str, cell)))
+    for cell in itertools.product(OPTIMIZERS, ("32-true", "bf16-mixed", "16-mixed"), (None, "norm"))
+    if not refused(*cell)
 ]
 
 
@@ -106,12 +117,13 @@ def test_bit_for_bit(name: str, precision: str, accumulate: int, clip: str | Non
         assert_only_selected_moved(model, weights_of(make_model()), mask)
 
 
-@pytest.mark.parametrize("clip", [None, "norm"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "precision", "clip"), CLOSE)
 def test_norm_clip_and_scaler_agree_closely(name: str, precision: str, clip: str | None) -> None:
-    """The norm of the same numbers is added up in another order."""
-    options: dict[str, Any] = precision_options(precision)
+    """The norm of the same numbers is added up in another order.
+
+    In mixed precision the forward pass rounds weights to 16 bits: a last bit of difference may grow from step to step.
+    """
+    options: dict[str, Any] = precision_options(precision) | {"steps": 12 if precision == "32-true" else 2}
     if clip is not None:
         options |= {"gradient_clip_val": 0.05, "gradient_clip_algorithm": clip}
     model, dense, mask = train_both(make_model, OPTIMIZERS[name], **options)

@@ -113,6 +113,14 @@ def test_a_name_leads_through_a_compiled_module(tiny_model):
     assert find_language_model(module, "system.model") is tiny_model
 
 
+def test_of_two_models_the_one_that_contains_the_other_is_meant(tiny_model):
+    draft = make_tiny_model(seed=1)
+    tiny_model.draft = draft
+    module = Holder(model=tiny_model)
+    assert find_language_model(module) is tiny_model
+    assert find_language_model(module, "model.draft") is draft
+
+
 def test_a_wrong_name_lists_the_closest(tiny_model):
     module = Holder(policy=tiny_model, critic=nn.Linear(2, 2))
     with pytest.raises(ValueError, match=re.escape("'polcy': Holder has no module 'polcy'. Did you mean `policy`?")):

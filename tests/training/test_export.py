@@ -159,7 +159,9 @@ class Opaque:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no checkpoint", {"weights": 1}, {"state_dict": {}, "own": Opaque()}], ids=str
+    "content",
+    [b"", b"no checkpoint", {"weights": 1}, {"state_dict": {}, "own": Opaque()}],
+    ids=["empty", "text", "weights", "opaque"],
 )
 def test_other_files_are_errors(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "fit.ckpt"
