@@ -47,17 +47,18 @@ def score(
     from lightning_safety.scoring import RefusalLikelihood, RefusalMargin, expected_safety_impact, select_top
 
     objectives = {"refusal_margin": RefusalMargin, "refusal_likelihood": RefusalLikelihood}
+    chosen = objectives[objective](examples, split=split)
     language_model = load_causal_lm(model, dtype=dtype, gguf_file=gguf_file)
     tokenizer = load_tokenizer(model, gguf_file=gguf_file)
     scores = expected_safety_impact(
         language_model,
-        objectives[objective](examples, split=split),
+        chosen,
         tokenizer,
         batch_size=batch_size,
         reduction=reduction,
         scale=scale,
     )
-    mask = select_top(scores, fraction)
+    mask = select_top(scores, fraction, metadata={"model": model, **chosen.describe()})
     mask.save(output)
     print(mask.describe().table())
     print(f"\n{mask.count:,} of {mask.scored:,} scored weights selected. Mask: {output}")

@@ -70,6 +70,8 @@ def test_score_then_describe(model_folder, tmp_path, capsys):
     main(["score", str(model_folder), "-o", str(mask_file), "--fraction", "0.02"])
     mask = SafetyMask.load(mask_file)
     assert mask.count == int(0.02 * mask.scored)
+    assert mask.metadata["model"] == str(model_folder)
+    assert "RefusalMargin" in str(mask.metadata)
     mask.check_model(make_tiny_model(tie_word_embeddings=False))
     capsys.readouterr()
     main(["mask", "describe", str(mask_file), "--heatmap", str(tmp_path / "mask.png")])
