@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_safety.enforcement.entries import gather_entries, scatter_entries, selected_parameters
+from lightning_safety.enforcement.frozen import FrozenParameters
 from lightning_safety.enforcement.gradients import dense_gradient, watch_gradient
 from lightning_safety.enforcement.optimizers import (
     check_elementwise,
@@ -35,6 +36,7 @@ class CompactTraining:
     parameters, in the same groups, so that learning rates, decay, schedules and flags stay as they were. A backward
     pass hands each of them the selected entries of its tensor's gradient and frees the rest at once; after a step the
     values are written into the model. So gradients, optimizer state, clipping and scaling cover selected weights only.
+    Parameters of the model without selected entries are frozen until `release`.
 
     Args:
         mask: The weights to train, by canonical parameter name.
@@ -54,7 +56,7 @@ class CompactTraining:
     def __init__(self, mask: SafetyMask) -> None:
         self.mask = mask
         self._trained: list[_TrainedTensor] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | FrozenParameters] = []
         self._unchecked: set[Optimizer] = set()
 
     def attach(self, model: torch.nn.Module, optimizers: Iterable[Optimizer]) -> Self:
@@ -81,26 +83,26 @@ class CompactTraining:
             for name, parameter, indices in selected_parameters(model, self.mask)
         ]
         _check_trainable(trained, optimizers)
-        unselected = {id(parameter): parameter for parameter in model.parameters()}
-        unselected |= {id(parameter): parameter for optimizer in optimizers for parameter in _parameters(optimizer)}
         by_parameter = {id(tensor.parameter): tensor for tensor in trained}
-        for key in by_parameter:
-            del unselected[key]
+        unselected = [parameter for parameter in model.parameters() if id(parameter) not in by_parameter]
+        of_model = {id(parameter) for parameter in model.parameters()}
+        others = {id(p): p for optimizer in optimizers for p in _parameters(optimizer) if id(p) not in of_model}
         for optimizer in optimizers:
             _replace_parameters(optimizer, by_parameter)
         self._trained, self._unchecked = trained, set(optimizers)
         for tensor in trained:
             tensor.take_gradient()
-        for parameter in unselected.values():
+        for parameter in [*unselected, *others.values()]:
             parameter.grad = None
         self._handles = [tensor.watch_gradient() for tensor in trained]
-        # Left in place, requires_grad keeps the graph as the user's code and reentrant checkpointing expect it.
+        # Of these the user's code may compute a loss that no selected weight is in.
         self._handles += [
             watch_gradient(parameter, partial(setattr, parameter, "grad", None))
-            for parameter in unselected.values()
+            for parameter in others.values()
             if parameter.requires_grad
         ]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        self._handles.append(FrozenParameters(model, unselected))
         return self
 
     @property

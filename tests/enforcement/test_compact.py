@@ -253,6 +253,39 @@ def test_parameters_outside_the_model_but_in_the_optimizer_stand_still() -> None
     assert torch.equal(value_head.weight, before["weight"])
 
 
+def test_parameters_without_selected_entries_are_out_of_the_backward_pass() -> None:
+    model = make_toy()
+    model.middle.weight.requires_grad_(False)
+    mask = SafetyMask({"middle.bias": torch.tensor([1])}, {"middle.bias": (8,)})
+    with CompactTraining(mask).attach(model, [torch.optim.SGD(model.parameters(), lr=0.1)]):
+        assert not model.embedding.weight.requires_grad
+        toy_loss(model, 0).backward()
+        assert model.embedding.weight.grad is None
+    assert model.embedding.weight.requires_grad
+    assert not model.middle.weight.requires_grad  # was so before
+
+
+def test_reentrant_checkpointing_right_above_unselected_parameters() -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh_(self[0](tokens))  # in place: the output must not be a leaf
+            return self[2](checkpoint(self[1], hidden, use_reentrant=True))
+
+    def build() -> Checkpointed:
+        torch.manual_seed(0)
+        return Checkpointed(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16))
+
+    mask = SafetyMask({"1.weight": torch.arange(9)}, {"1.weight": (8, 8)})
+    dense, model = build(), build()
+    train_dense(dense, mask, torch.optim.AdamW(dense.parameters(), lr=1e-2), 3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = weights_of(model)
+    with CompactTraining(mask).attach(model, [optimizer]):
+        train(model, optimizer, 3)
+    assert_same_bits(model, dense)
+    assert_only_selected_moved(model, before, mask)
+
+
 def test_toggled_off_parameters_take_no_gradient() -> None:
     model, mask = make_toy(), toy_mask()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
