@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_safety.arguments import check_positive
-from lightning_safety.data import Example, TokenizedExample, length_buckets, load_prompts, pad_batch
+from lightning_safety.data import Example, TokenizedExample, length_buckets, load_prompts, pad_batch, spread
 from lightning_safety.data.collator import IGNORED_LABEL
 from lightning_safety.language.chat import encode_example
 from lightning_safety.language.likelihood import response_log_probabilities
@@ -108,7 +108,7 @@ class _WrittenResponses(SafetyObjective):
         if isinstance(self.examples, str | os.PathLike):
             loaded = load_prompts(self.examples, split=self.split, limit=self.limit)
         else:
-            loaded = list(self.examples)[: self.limit]
+            loaded = list(self.examples) if self.limit is None else spread(self.examples, self.limit)
         if not loaded:
             raise ValueError(
                 "`examples` expected to hold at least one example but is empty. Pass prompts with responses."
@@ -134,7 +134,7 @@ class RefusalLikelihood(_WrittenResponses):
         examples: What `load_prompts` takes (a built-in set, a file, a hub data set), or examples themselves. Each needs
             a response.
         split: The split to load; None for a file without splits. Without meaning for examples given themselves.
-        limit: Take only the first so many.
+        limit: At most so many, spread evenly over the set.
 
     Raises:
         ValueError: From `batches`, if there are no examples or one has no response.
