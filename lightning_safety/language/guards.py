@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_safety.arguments import closest
-from lightning_safety.language.plain_text import Piece, tokenize
+from lightning_safety.language.plain_text import Piece, Token, moved, tokenize
 from lightning_safety.language.template import Frame, frame_of, frame_pieces
 
 if TYPE_CHECKING:
@@ -174,6 +174,13 @@ def read_convention(convention: GuardConvention | str | None, model_name: str) -
 def encode_judgement(
     tokenizer: PreTrainedTokenizerBase, convention: GuardConvention, prompt: str, response: str
 ) -> list[int]:
+    """Return the tokens of `tokenize_judgement` alone."""
+    return [token.id for token in tokenize_judgement(tokenizer, convention, prompt, response)]
+
+
+def tokenize_judgement(
+    tokenizer: PreTrainedTokenizerBase, convention: GuardConvention, prompt: str, response: str
+) -> list[Token]:
     """Tokenise the question whether a reply is harmful, up to the answer.
 
     Prompt and reply are data: a reply that holds the guard's control tokens, or an answer, forges neither.
@@ -185,7 +192,8 @@ def encode_judgement(
         response: What the assistant replied.
 
     Returns:
-        The tokens after which the guard answers.
+        The tokens after which the guard answers. Their spans count from the beginning of the reply, as the template
+        trims it.
 
     Raises:
         ValueError: The guard has no chat template where the convention needs one, or one that loses or changes text.
@@ -193,7 +201,7 @@ def encode_judgement(
     frame = guard_frame(tokenizer, convention)
     pieces = frame_pieces(frame, [prompt, response])
     pieces[-1] = Piece(pieces[-1].text + convention.prefix.rstrip(" "), from_template=True)
-    return tokenize(tokenizer, pieces, frame.controls)
+    return moved(tokenize(tokenizer, pieces, frame.controls), -sum(len(piece.text) for piece in pieces[:3]))
 
 
 def guard_frame(tokenizer: PreTrainedTokenizerBase, convention: GuardConvention) -> Frame:

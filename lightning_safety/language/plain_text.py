@@ -18,7 +18,23 @@ class Piece(NamedTuple):
     from_template: bool
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], controls: re.Pattern[str]) -> list[int]:
+class Token(NamedTuple):
+    """A token, and the characters of the text that it comes from: ``text[start:end]``.
+
+    A tokenizer without offsets (a slow one) gives no span: start and end are equal.
+    """
+
+    id: int
+    start: int
+    end: int
+
+
+def moved(tokens: Sequence[Token], by: int) -> list[Token]:
+    """Return the tokens as those of a text in which theirs begins `by` characters later."""
+    return [Token(token.id, token.start + by, token.end + by) for token in tokens]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], controls: re.Pattern[str]) -> list[Token]:
     """Tokenise pieces as one text, in which only the template's control tokens are control tokens.
 
     Args:
@@ -34,19 +50,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], contro
     genuine = list(_genuine(pieces, controls))
     if [match.span() for match in controls.finditer(whole)] == genuine:
         return _encode(tokenizer, whole)
-    token_ids: list[int] = []
+    tokens: list[Token] = []
     start, strip_left = 0, False
     for first, last in [*genuine, (len(whole), len(whole))]:
-        stretch = whole[start:first]
         control_id = tokenizer.convert_tokens_to_ids(whole[first:last]) if last > first else None
         control = None if control_id is None else tokenizer.added_tokens_decoder[control_id]
-        stretch = stretch.lstrip() if strip_left else stretch
+        stretch = whole[start:first].lstrip() if strip_left else whole[start:first]
+        start = first - len(stretch)
         stretch = stretch.rstrip() if control is not None and control.lstrip else stretch
-        token_ids += _encode_plain(tokenizer, stretch, controls)
+        tokens += moved(_encode_plain(tokenizer, stretch, controls), start)
         if control_id is not None:
-            token_ids.append(control_id)
+            tokens.append(Token(control_id, first, last))
         start, strip_left = last, control is not None and control.rstrip
-    return token_ids
+    return tokens
 
 
 def _genuine(pieces: Sequence[Piece], controls: re.Pattern[str]) -> Iterator[tuple[int, int]]:
@@ -59,27 +75,39 @@ def _genuine(pieces: Sequence[Piece], controls: re.Pattern[str]) -> Iterator[tup
         offset += len(piece.text)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[Token]:
     # verbose=False: how long a text may be is the caller's question.
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)
-    return list(encoded["input_ids"])
+    options = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
+    if not tokenizer.is_fast:
+        return [Token(token_id, 0, 0) for token_id in tokenizer(text, **options)["input_ids"]]
+    encoded = tokenizer(text, return_offsets_mapping=True, **options)
+    return [
+        Token(token_id, start, end)
+        for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, controls: re.Pattern[str]) -> list[int]:
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, controls: re.Pattern[str]) -> list[Token]:
     """Tokenise text so that no control token comes out of it."""
     if not text:
         return []
-    token_ids = _encode(tokenizer, text, plain=True)
+    tokens = _encode(tokenizer, text, plain=True)
     strings = {match.group() for match in controls.finditer(text)}
-    if strings and not set(token_ids).isdisjoint(tokenizer.convert_tokens_to_ids(sorted(strings))):
+    known = set(tokenizer.convert_tokens_to_ids(sorted(strings)))
+    if not known.isdisjoint(token.id for token in tokens):
         # The tokenizer cannot leave this one out (an added token that is not marked special): take it apart.
-        return [token_id for part in _cut(text, controls) for token_id in _encode(tokenizer, part, plain=True)]
-    return token_ids
+        return [
+            token
+            for start, part in _cut(text, controls)
+            for token in moved(_encode(tokenizer, part, plain=True), start)
+        ]
+    return tokens
 
 
-def _cut(text: str, controls: re.Pattern[str]) -> Iterator[str]:
-    """Cut the text inside of each control token."""
-    while match := controls.search(text):
-        yield text[: match.start() + 1]
-        text = text[match.start() + 1 :]
-    yield text
+def _cut(text: str, controls: re.Pattern[str]) -> Iterator[tuple[int, str]]:
+    """Cut the text inside of each control token. Yields where each part starts, and the part."""
+    start = 0
+    while match := controls.search(text, start):
+        yield start, text[start : match.start() + 1]
+        start = match.start() + 1
+    yield start, text[start:]

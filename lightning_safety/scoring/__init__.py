@@ -2,6 +2,7 @@
 """Which weights carry safety: objectives, Expected Safety Impact, selection and masks."""
 
 from lightning_safety.scoring.describe import GroupShare, MaskDescription, describe_mask
+from lightning_safety.scoring.guard_judged import GuardJudgedSafety
 from lightning_safety.scoring.impact import expected_safety_impact
 from lightning_safety.scoring.mask import SafetyMask
 from lightning_safety.scoring.objective import (
@@ -15,6 +16,7 @@ from lightning_safety.scoring.weights import scored_weights, weight_spread
 
 __all__ = [
     "GroupShare",
+    "GuardJudgedSafety",
     "MaskDescription",
     "ObjectiveBatch",
     "RefusalLikelihood",

@@ -85,6 +85,7 @@ def expected_safety_impact(
     check_positive(batch_size, "batch_size")
     weights = scored_weights(model, include=include, exclude=exclude)
     with preserved_random_state(), _scoring_state(model, weights):
+        objective.prepare(model, tokenizer)
         batches = objective.batches(tokenizer, batch_size=1 if reduction == "absolute" else batch_size)
         if not batches:
             raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")

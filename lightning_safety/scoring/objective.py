@@ -45,9 +45,13 @@ class ObjectiveBatch:
 class SafetyObjective(ABC):
     """A differentiable safety score S of a model: higher is safer, and its loss is −S.
 
-    To write one, give `batches` and `loss`. The score over all examples is the mean over examples: `loss` returns the
-    mean over its own batch, and whoever adds batches up weighs them by `ObjectiveBatch.examples`.
+    To write one, give `batches` and `loss`, and `prepare` if it needs the model before. The score over all examples is
+    the mean over examples: `loss` returns the mean over its own batch, and whoever adds batches up weighs them by
+    `ObjectiveBatch.examples`.
     """
+
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027 # most need nothing
+        """Do what needs the model as it is before scoring, such as generating its replies. Called before `batches`."""
 
     @abstractmethod
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
@@ -67,11 +71,8 @@ class SafetyObjective(ABC):
         return {"objective": type(self).__name__}
 
 
-class _WrittenResponses(SafetyObjective):
-    """What the objectives over written responses share: examples, and the rows they become.
-
-    See `RefusalLikelihood` for the arguments.
-    """
+class ExampleObjective(SafetyObjective):
+    """What the objectives over a prompt set share: which examples. See `RefusalLikelihood` for the arguments."""
 
     def __init__(
         self,
@@ -99,22 +100,26 @@ class _WrittenResponses(SafetyObjective):
             described["limit"] = str(self.limit)
         return described
 
-    def _load(self) -> list[tuple[str, str]]:
+    def load_examples(self) -> list[Example]:
+        """Return the examples.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if isinstance(self.examples, str | os.PathLike):
+            return load_prompts(self.examples, split=self.split, limit=self.limit)
+        if not self.examples:
+            raise ValueError("`examples` expected to hold at least one example but is empty. Pass at least one prompt.")
+        return list(self.examples) if self.limit is None else spread(self.examples, self.limit)
+
+    def _load_pairs(self) -> list[tuple[str, str]]:
         """Return (prompt, response) of each example.
 
         Raises:
             ValueError: There is none, or one has no response.
         """
-        if isinstance(self.examples, str | os.PathLike):
-            loaded = load_prompts(self.examples, split=self.split, limit=self.limit)
-        else:
-            loaded = list(self.examples) if self.limit is None else spread(self.examples, self.limit)
-        if not loaded:
-            raise ValueError(
-                "`examples` expected to hold at least one example but is empty. Pass prompts with responses."
-            )
         rows = []
-        for number, example in enumerate(loaded, start=1):
+        for number, example in enumerate(self.load_examples(), start=1):
             if not example.response:
                 raise ValueError(
                     f"`examples` expected to have a response in every row but row {number}"
@@ -124,7 +129,7 @@ class _WrittenResponses(SafetyObjective):
         return rows
 
 
-class RefusalLikelihood(_WrittenResponses):
+class RefusalLikelihood(ExampleObjective):
     """How likely the written responses are: refusals to harmful prompts, good answers to others.
 
     S = mean over examples of the mean log-probability per token of the example's response, its end of turn included.
@@ -149,7 +154,7 @@ class RefusalLikelihood(_WrittenResponses):
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
         """Return the examples in batches of similar length, padded on the right."""
-        rows = [encode_example(tokenizer, prompt, response) for prompt, response in self._load()]
+        rows = [encode_example(tokenizer, prompt, response) for prompt, response in self._load_pairs()]
         buckets = length_buckets([len(row.input_ids) for row in rows], batch_size)
         padding = pad_token_id(tokenizer)
         return [
@@ -162,7 +167,7 @@ class RefusalLikelihood(_WrittenResponses):
         return -_mean_log_probability(model, batch.tensors).mean()
 
 
-class RefusalMargin(_WrittenResponses):
+class RefusalMargin(ExampleObjective):
     """How much likelier a refusal begins than a willing answer does: for scoring and watching.
 
     S = mean over examples of [mean log-probability per token of the refusal's first tokens − that of a fixed opening].
@@ -204,7 +209,7 @@ class RefusalMargin(_WrittenResponses):
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
         """Return the examples in batches of similar length; in each, first all refusals, then as many openings."""
         pairs = []
-        for prompt, response in self._load():
+        for prompt, response in self._load_pairs():
             refusal = encode_example(tokenizer, prompt, response, end_turn=False)
             opening = encode_example(tokenizer, prompt, self.opening, end_turn=False)
             pairs.append((_first_labelled(refusal, self.refusal_tokens), opening))

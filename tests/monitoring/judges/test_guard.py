@@ -38,7 +38,7 @@ def test_score_is_the_probability_of_the_harmful_answers(
     for prompt, reply, verdict in zip(PROMPTS, REPLIES, judge.score(PROMPTS, REPLIES), strict=True):
         tokens = encode_judgement(tiny_tokenizer, OWN, prompt, reply)
         with torch.no_grad():
-            probabilities = judge.model(torch.tensor([tokens])).logits[0, -1].double().softmax(-1)
+            probabilities = judge.guard.model(torch.tensor([tokens])).logits[0, -1].double().softmax(-1)
         expected = probabilities[unsafe].sum() / probabilities[safe + unsafe].sum()
         assert verdict.score == pytest.approx(float(expected), rel=1e-5)
         assert verdict.harmful == (verdict.score >= 0.5)
