@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from lightning_safety.monitoring import KeywordRefusalJudge, Verdict, evaluate_safety, perplexity
     from lightning_safety.scoring import (
+        GuardJudgedSafety,
         RefusalLikelihood,
         RefusalMargin,
         SafetyMask,
@@ -42,6 +43,7 @@ _ROOMS = {
     "language": ("find_language_model", "generate_replies", "load_causal_lm", "load_tokenizer"),
     "monitoring": ("KeywordRefusalJudge", "Verdict", "evaluate_safety", "perplexity"),
     "scoring": (
+        "GuardJudgedSafety",
         "RefusalLikelihood",
         "RefusalMargin",
         "SafetyMask",

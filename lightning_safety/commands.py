@@ -18,13 +18,21 @@ if TYPE_CHECKING:
     from lightning_safety.monitoring import Judge
 
 
+ObjectiveName = Literal["refusal_margin", "refusal_likelihood", "guard_judged"]
+
+
 def score(
     model: str,
     output: str,
     fraction: float = 0.01,
-    objective: Literal["refusal_margin", "refusal_likelihood"] = "refusal_margin",
+    objective: ObjectiveName = "refusal_margin",
+    compare: list[ObjectiveName] | None = None,
     examples: str = "harmful",
     split: str | None = "score",
+    limit: int | None = None,
+    guard: str | None = None,
+    convention: str | None = None,
+    max_new_tokens: int = 256,
     reduction: Literal["signed", "absolute"] = "signed",
     scale: Literal["std", "magnitude", "none"] = "std",
     batch_size: int = 8,
@@ -37,9 +45,14 @@ def score(
         model: A hub id, a folder, a .gguf file or `smollm2-135m-instruct`.
         output: The mask file to write (.safetensors).
         fraction: The share of the scored weights to select, in (0, 1].
-        objective: The safety objective: `refusal_margin` or `refusal_likelihood`.
+        objective: The safety objective: `refusal_margin`, `refusal_likelihood` or `guard_judged`.
+        compare: Other objectives to score by; overlap and pattern of all are printed beside a random mask's.
         examples: Harmful prompts with refusals: a built-in set, a file or a hub data set.
         split: Its split; for a file without one, `null`.
+        limit: At most so many examples, spread evenly.
+        guard: For `guard_judged`: the guard, as `model`.
+        convention: For `guard_judged`: how the guard is asked; `instructed` for a model that is no guard.
+        max_new_tokens: For `guard_judged`: length of the judged replies.
         reduction: `signed` (the paper's) or `absolute`.
         scale: `std` (the paper's), `magnitude` or `none`.
         batch_size: Examples in one forward pass; changes memory and time only.
@@ -47,23 +60,49 @@ def score(
         gguf_file: The name of a GGUF file inside the folder or hub repository.
     """
     from lightning_safety.language import load_causal_lm, load_tokenizer
-    from lightning_safety.scoring import RefusalLikelihood, RefusalMargin, expected_safety_impact, select_top
+    from lightning_safety.scoring import (
+        GuardJudgedSafety,
+        RefusalLikelihood,
+        RefusalMargin,
+        SafetyMask,
+        SafetyObjective,
+        expected_safety_impact,
+        select_random,
+        select_top,
+    )
+    from lightning_safety.scoring.comparison import objective_comparison, sample_scores
 
-    objectives = {"refusal_margin": RefusalMargin, "refusal_likelihood": RefusalLikelihood}
-    chosen = objectives[objective](examples, split=split)
+    names = list(dict.fromkeys([objective, *(compare or ())]))
+    if "guard_judged" in names and guard is None:
+        raise ValueError(
+            "`guard` expected to name a guard model for the objective guard_judged but got nothing. Pass for instance "
+            "`--guard smollm2-135m-instruct --convention instructed`."
+        )
+    objectives: dict[str, SafetyObjective] = {}
+    for name in names:
+        if name == "guard_judged" and guard is not None:
+            objectives[name] = GuardJudgedSafety(
+                guard, examples, split=split, limit=limit, convention=convention, max_new_tokens=max_new_tokens
+            )
+        else:
+            written = RefusalLikelihood if name == "refusal_likelihood" else RefusalMargin
+            objectives[name] = written(examples, split=split, limit=limit)
     language_model = load_causal_lm(model, dtype=dtype, gguf_file=gguf_file)
     tokenizer = load_tokenizer(model, gguf_file=gguf_file)
-    scores = expected_safety_impact(
-        language_model,
-        chosen,
-        tokenizer,
-        batch_size=batch_size,
-        reduction=reduction,
-        scale=scale,
-    )
-    mask = select_top(scores, fraction, metadata={"model": model, **chosen.describe()})
+    masks: dict[str, SafetyMask] = {}
+    samples = {}
+    for name, chosen in objectives.items():
+        scores = expected_safety_impact(
+            language_model, chosen, tokenizer, batch_size=batch_size, reduction=reduction, scale=scale
+        )
+        masks[name] = select_top(scores, fraction, metadata={"model": model, **chosen.describe()})
+        if compare:
+            samples[name] = sample_scores(scores)
+        if compare and name == names[-1]:
+            masks["random"] = select_random(scores, fraction, seed=0)
+    mask = masks[objective]
     mask.save(output)
-    print(mask.describe().table())
+    print(objective_comparison(masks, samples) if compare else mask.describe().table())
     print(f"\n{mask.count:,} of {mask.scored:,} scored weights selected. Mask: {output}")
 
 

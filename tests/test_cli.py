@@ -79,6 +79,24 @@ def test_score_then_describe(model_folder, tmp_path, capsys):
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_score_compares_objectives(model_folder, tmp_path, capsys):
+    mask_file = tmp_path / "mask.safetensors"
+    words = ["score", model_folder, "-o", mask_file, "--objective", "guard_judged", "--limit", "2"]
+    assert "`guard` expected to name a guard model" in fails(words, capsys, 1)
+    words += ["--guard", model_folder, "--convention", "instructed", "--max_new_tokens", "4"]
+    main([str(word) for word in [*words, "--compare", "[refusal_margin,refusal_likelihood]"]])
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split() == [
+        "Jaccard",
+        "guard_judged",
+        "refusal_margin",
+        "refusal_likelihood",
+        "random",
+    ]
+    assert "enrichment by layer" in shown
+    assert SafetyMask.load(mask_file).metadata["guard"] == str(model_folder)
+
+
 def test_a_wrong_fraction_is_an_error_of_the_users(model_folder, tmp_path, capsys):
     message = fails(["score", model_folder, "-o", tmp_path / "mask.safetensors", "--fraction", "5"], capsys, 1)
     assert "For the top 5 %, pass `fraction=0.05`" in message

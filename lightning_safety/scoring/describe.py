@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_safety.scoring.components import COMPONENTS, component_of, layer_of
@@ -51,10 +51,8 @@ class MaskDescription:
     def table(self) -> str:
         """Return both groupings as aligned plain text."""
         rows = [_HEADINGS, *map(_cells_of, self.components)]
-        layer_rows = [("layer", *_HEADINGS[1:]), *map(_cells_of, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, *layer_rows, strict=True)]
-        parts = ["\n".join(_aligned(row, widths) for row in block) for block in (rows, layer_rows)]
-        return "\n\n".join([self.mask, *parts])
+        lines = align_numbers([*rows, ("layer", *_HEADINGS[1:]), *map(_cells_of, self.layers)])
+        return "\n\n".join([self.mask, "\n".join(lines[: len(rows)]), "\n".join(lines[len(rows) :])])
 
     def heatmap(self, path: str | os.PathLike[str]) -> None:
         """Draw enrichment by layer and component as a PNG.
@@ -134,8 +132,12 @@ def _cells_of(group: GroupShare) -> tuple[str, ...]:
     return group.group, f"{group.weights:,}", f"{group.selected:,}", share, enrichment
 
 
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """Return one line: the name on the left, numbers on the right."""
-    return "  ".join(
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-    )
+def align_numbers(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table: names on the left, numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
