@@ -81,6 +81,26 @@ def load_causal_lm(
     return model.eval()
 
 
+def load_sequence_classifier(
+    source: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a sequence-classification model from a folder or the hub, in evaluation mode, on the CPU.
+
+    Arguments and errors are those of `load_causal_lm`.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    wanted = _check_dtype(dtype)
+    origin = _find_origin(source, None)
+    try:
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            origin.location, dtype=wanted, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        raise _not_loaded(origin, error) from error
+    return model.eval()
+
+
 def load_tokenizer(
     source: str | os.PathLike[str],
     *,

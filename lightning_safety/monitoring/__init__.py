@@ -13,6 +13,7 @@ from lightning_safety.monitoring.agreement import (
 from lightning_safety.monitoring.evaluation import CONTENT_WARNING, SafetyEvaluation, evaluate_safety
 from lightning_safety.monitoring.harmfulness import Harmfulness, JudgedReply, measure_harmfulness
 from lightning_safety.monitoring.judges import (
+    ClassifierJudge,
     FunctionJudge,
     GuardModelJudge,
     Judge,
@@ -47,6 +48,7 @@ __all__ = [
     "CONTENT_WARNING",
     "Agreement",
     "AttackSuccessRate",
+    "ClassifierJudge",
     "FunctionJudge",
     "GuardModelJudge",
     "Harmfulness",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from lightning_safety.monitoring.judges.built_in import BUILT_IN_JUDGES, built_in_judge
 from lightning_safety.monitoring.judges.chat import RubricJudge
+from lightning_safety.monitoring.judges.classifier import ClassifierJudge
 from lightning_safety.monitoring.judges.guard import GuardModelJudge
 from lightning_safety.monitoring.judges.keyword import KeywordRefusalJudge
 from lightning_safety.monitoring.judges.protocol import (
@@ -19,6 +20,7 @@ from lightning_safety.monitoring.judges.refusal_classifier import RefusalClassif
 
 __all__ = [
     "BUILT_IN_JUDGES",
+    "ClassifierJudge",
     "FunctionJudge",
     "GuardModelJudge",
     "Judge",
