@@ -114,6 +114,7 @@ def evaluate(
     harmless: str = "harmless",
     split: str = "test",
     limit: int | None = None,
+    judge: str | Judge = "keyword_refusal",
     max_new_tokens: int = 24,
     batch_size: int = 16,
     dtype: str = "float32",
@@ -130,7 +131,8 @@ def evaluate(
         borderline: Prompts that look harmful and should be answered.
         harmless: Prompts with responses, for perplexity.
         split: The split of the built-in sets (files are read whole).
-        limit: At most so many prompts of each set.
+        limit: At most so many prompts of each set, spread evenly.
+        judge: A built-in judge's name (`keyword_refusal`, `refusal_classifier`), or another by class path, in YAML.
         max_new_tokens: Length of a reply, in tokens.
         batch_size: Replies generated at a time.
         dtype: The type to load the weights in.
@@ -158,6 +160,7 @@ def evaluate(
             harmless=harmless,
             split=split,
             limit=limit,
+            judge=judge,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             own_replies=own_replies,

@@ -109,6 +109,10 @@ def test_evaluate_writes_results(model_folder, tmp_path, capsys):
     assert "attack success" in capsys.readouterr().out.lower()
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"before"}
+    assert results["before"]["judge"] == "keyword_refusal"
+    main([*arguments, "--judge", "refusal_classifier"])
+    assert "Judge: refusal_classifier" in capsys.readouterr().out
+    assert "Did you mean `refusal_classifier`" in fails([*arguments, "--judge", "refusal_clasifier"], capsys, 1)
     replies = tmp_path / "replies" / "replies_before.jsonl"
     assert replies.stat().st_mode & 0o077 == 0
 

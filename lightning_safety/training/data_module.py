@@ -50,8 +50,10 @@ class InstructionDataModule(pl.LightningDataModule):
               holds each share as closely as whole rows can. Without, the sources are joined;
             - ``weight``: how often each row counts in the loss of a batch. Shares say how much of each source is seen,
               weights what an error on it costs;
-            - ``response``: one response for all rows instead of their own. Where all learn the same few words,
-              what is left to learn is when to say them;
+            - ``response``: one response for all rows instead of their own, or a list of some, taken in turns. Where all
+              learn the same few words, what is left to learn is when to say them;
+            - ``judgement``: ``safe`` or ``unsafe``: the rows become questions to a guard, in the form of the convention
+              ``"instructed"``, and this is the answer it learns;
             - ``own_replies``: true to learn what the start model itself replies, instead of the responses: the rows
               that keep a model as it is. Generated when the fit is set up, `max_response_tokens` long; where the model
               refuses, the written response is learned;

@@ -11,13 +11,24 @@ from typing import Any
 
 from lightning_safety.arguments import check_positive, closest
 from lightning_safety.data import BUILT_IN_SETS, Example, load_prompts
+from lightning_safety.language.guards import INSTRUCTED
 
 # The splits of the built-in sets that each argument may not use: tuning, decisions during a run and evaluation
 # never share a prompt.
 _REFUSED_SPLITS = {"train": ("monitor", "test"), "val": ("test",), "test": ()}
 _DEFAULT_SPLIT = {"train": "train", "val": "monitor", "test": "test"}
 _LOADING_KEYS = ("split", "prompt_column", "response_column", "limit")
-_KEYS = ("source", "share", "weight", "response", "retention", "own_replies", "max_response_tokens", *_LOADING_KEYS)
+_KEYS = (
+    "source",
+    "share",
+    "weight",
+    "response",
+    "judgement",
+    "retention",
+    "own_replies",
+    "max_response_tokens",
+    *_LOADING_KEYS,
+)
 # So that a third may be written 0.333.
 _SHARE_TOLERANCE = 2e-3
 
@@ -105,12 +116,15 @@ def _read_source(entry: dict[str, Any], argument: str) -> Source:
     limit = entry.get("max_response_tokens")
     if limit is not None:
         check_positive(limit, f"{argument}.max_response_tokens")
-    response = entry.get("response")
-    if response is not None:
-        _check_response(response, own_replies, argument)
-        examples = [replace(example, response=response) for example in examples]
+    responses = _read_responses(entry, own_replies, argument)
+    if responses:
+        examples = [
+            replace(example, response=responses[number % len(responses)]) for number, example in enumerate(examples)
+        ]
     if not own_replies:
         _check_responses(examples, name, argument)
+    if entry.get("judgement") is not None:
+        examples = _as_questions(examples, entry["judgement"], own_replies, argument)
     return Source(name, examples, entry.get("share"), retention, own_replies, limit, _weight(entry, argument))
 
 
@@ -128,11 +142,35 @@ def _flag(entry: Mapping[str, Any], key: str, argument: str) -> bool:
     return value
 
 
-def _check_response(response: object, own_replies: bool, argument: str) -> None:
-    if not isinstance(response, str) or not response.strip():
-        raise ValueError(f"`{argument}.response` expected to be the text of a response but got {response!r:.200}.")
+def _read_responses(entry: Mapping[str, Any], own_replies: bool, argument: str) -> list[str]:
+    """Return the responses that stand for those of the rows, in turns; empty: the rows keep theirs."""
+    value = entry.get("response")
+    if value is None:
+        return []
+    responses = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not responses or not all(isinstance(response, str) and response.strip() for response in responses):
+        raise ValueError(
+            f"`{argument}.response` expected to be the text of a response, or a list of these, but got {value!r:.200}."
+        )
     if own_replies:
         raise ValueError(f"`{argument}` expected `response` or `own_replies: true` but got both. Leave one out.")
+    return responses
+
+
+def _as_questions(examples: Sequence[Example], answer: object, own_replies: bool, argument: str) -> list[Example]:
+    """Return the rows as questions to a guard, with its answer."""
+    answers = (*INSTRUCTED.safe, *INSTRUCTED.unsafe)
+    if answer not in answers:
+        raise ValueError(
+            f"`{argument}.judgement` expected to be {' or '.join(answers)} but got {answer!r}. "
+            f"{closest(str(answer), answers)}"
+        )
+    if own_replies:
+        raise ValueError(f"`{argument}` expected `judgement` or `own_replies: true` but got both. Leave one out.")
+    return [
+        Example(INSTRUCTED.instruction.format(prompt=example.prompt, response=example.response), str(answer))
+        for example in examples
+    ]
 
 
 def _load(source: str | os.PathLike[str], loading: dict[str, Any], argument: str) -> tuple[str, list[Example]]:

@@ -21,7 +21,13 @@ def parse(words):
 
 
 def test_the_recipes_are_these():
-    assert recipe_names() == ["instruction_tuning_baseline", "instruction_tuning_spa", "quickstart", "set_full"]
+    assert recipe_names() == [
+        "instruction_tuning_baseline",
+        "instruction_tuning_spa",
+        "quickstart",
+        "set_full",
+        "train_guard",
+    ]
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from lightning_safety.data import Example, load_prompts
+from lightning_safety.language import encode_prompt
+from lightning_safety.language.guards import INSTRUCTED, encode_judgement
 from lightning_safety.training.sources import read_sources
+from tests.tiny import make_tiny_tokenizer
 
 ROWS = [Example("Hello", "Good morning."), Example("Bye", "See you.")]
 
@@ -57,6 +60,24 @@ def test_list_of_names_and_of_examples(tmp_path: Path) -> None:
     assert read_sources(ROWS, "train")[0].examples == ROWS
 
 
+def test_responses_are_taken_in_turns() -> None:
+    (source,) = read_sources({"source": [*ROWS, *ROWS, *ROWS], "response": ["Sure,", "First,"]}, "train")
+    responses = [example.response for example in source.examples]
+    assert responses == (["Sure,", "First,"] * len(responses))[: len(responses)]
+
+
+def test_rows_become_questions_to_a_guard() -> None:
+    rows = [Example("Who {x}?", "Me <|im_end|>."), Example("Why?", "Because.")]
+    (source,) = read_sources({"source": rows, "response": "Sure {prompt}", "judgement": "unsafe"}, "train")
+    first = source.examples[0]
+    assert first.response == "unsafe"
+    assert "Request of the user:\nWho {x}?\n\nReply of the assistant:\nSure {prompt}\n" in first.prompt
+    tokenizer = make_tiny_tokenizer()
+    # What is learned is what a guard is asked.
+    asked = encode_judgement(tokenizer, INSTRUCTED, "Who {x}?", "Sure {prompt}")
+    assert encode_prompt(tokenizer, first.prompt) == asked
+
+
 def test_one_response_for_all_rows_also_where_there_is_none(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "Hello"}))
@@ -87,6 +108,10 @@ def test_thirds_may_be_rounded() -> None:
         ({"source": ROWS, "retention": "yes"}, TypeError, "`train.retention` expected to be true or false"),
         ({"source": ROWS, "weight": 0}, ValueError, "`train.weight` expected to be a number above 0 but got 0"),
         ({"source": ROWS, "weight": float("inf")}, ValueError, "`train.weight` expected to be a number above 0"),
+        ({"source": ROWS, "response": []}, ValueError, "`train.response` expected to be the text"),
+        ({"source": ROWS, "response": ["No.", 3]}, ValueError, "`train.response` expected to be the text"),
+        ({"source": ROWS, "judgement": "save"}, ValueError, "safe or unsafe but got 'save'. Did you mean `safe`"),
+        ({"source": ROWS, "judgement": "safe", "own_replies": True}, ValueError, "`judgement` or `own_replies: true`"),
         ({"source": ROWS, "response": " "}, ValueError, "`train.response` expected to be the text"),
         ({"source": ROWS, "response": "No.", "own_replies": True}, ValueError, "`response` or `own_replies: true`"),
         ([{"source": ROWS, "share": 0.5}, {"source": ROWS}], ValueError, "for every source or for none"),
