@@ -78,6 +78,11 @@ def score(
             "`guard` expected to name a guard model for the objective guard_judged but got nothing. Pass for instance "
             "`--guard smollm2-135m-instruct --convention instructed`."
         )
+    if "guard_judged" not in names and (guard, convention) != (None, None):
+        raise ValueError(
+            "`guard` and `convention` expected to be given for the objective guard_judged but the objectives are "
+            f"{', '.join(names)}. Pass `--objective guard_judged`, or leave them out."
+        )
     objectives: dict[str, SafetyObjective] = {}
     for name in names:
         if name == "guard_judged" and guard is not None:

@@ -83,6 +83,8 @@ def test_score_compares_objectives(model_folder, tmp_path, capsys):
     mask_file = tmp_path / "mask.safetensors"
     words = ["score", model_folder, "-o", mask_file, "--objective", "guard_judged", "--limit", "2"]
     assert "`guard` expected to name a guard model" in fails(words, capsys, 1)
+    unused = ["score", model_folder, "-o", mask_file, "--guard", model_folder]
+    assert "Pass `--objective guard_judged`" in fails(unused, capsys, 1)
     words += ["--guard", model_folder, "--convention", "instructed", "--max_new_tokens", "4"]
     main([str(word) for word in [*words, "--compare", "[refusal_margin,refusal_likelihood]"]])
     shown = capsys.readouterr().out

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_safety.arguments import check_positive
 from lightning_safety.language.guards import GuardConvention, answer_ids, read_convention
 from lightning_safety.language.load import load_causal_lm, load_tokenizer
 
@@ -70,7 +71,11 @@ class GuardModel:
         if device is not None or self.model is not model:
             self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = getattr(self.model, "config", None)
-        self.max_length: int | None = max_length or getattr(config, "max_position_embeddings", None)
+        self.max_length: int | None = (
+            getattr(config, "max_position_embeddings", None)
+            if max_length is None
+            else check_positive(max_length, "max_length")
+        )
 
     @property
     def device(self) -> torch.device:

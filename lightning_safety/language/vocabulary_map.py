@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What a part of a character decodes to.
+# What a part of a character decodes to, and the name of a byte in vocabularies that fall back on bytes: these are
+# alike only where their names are.
 _BROKEN = "\ufffd"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def vocabulary_map(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
@@ -83,6 +86,7 @@ def _token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
     backend = tokenizer.backend_tokenizer
+    names = tokenizer.convert_ids_to_tokens(ids)
     alone = backend.decode_batch([[token_id] for token_id in ids], skip_special_tokens=False)
     # Alone, a token would lose the space before it, or keep the mark of a word's continuation.
     anchor, start = next(
@@ -92,10 +96,11 @@ def _token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     if anchor is None:
         return dict(zip(ids, alone, strict=True))
     behind = backend.decode_batch([[anchor, token_id] for token_id in ids], skip_special_tokens=False)
-    return {
+    texts = {
         token_id: text.removeprefix(start) if text.startswith(start) else whole
         for token_id, text, whole in zip(ids, behind, alone, strict=True)
     }
+    return texts | {token_id: _BROKEN for token_id, name in zip(ids, names, strict=True) if _BYTE.fullmatch(name)}
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, texts: dict[int, str]) -> list[tuple[str, str]]:

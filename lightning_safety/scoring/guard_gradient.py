@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_safety.language.alignment import align_tokens
+from lightning_safety.language.alignment import align_tokens, find_run
 from lightning_safety.language.guard_model import GuardModel
 from lightning_safety.language.guards import tokenize_judgement
 from lightning_safety.language.modes import evaluation_mode
@@ -37,46 +37,78 @@ class GuardVerdict(NamedTuple):
     gradient: Tensor
 
 
-def judge_reply(guard: GuardModel, prompt: str, reply: str, tokens: Sequence[Token]) -> GuardVerdict | None:
-    """Ask a guard about one reply, and how its answer changes with each of the reply's tokens.
+def judge_replies(
+    guard: GuardModel,
+    conversations: Sequence[tuple[str, str]],
+    replies: Sequence[Sequence[Token]],
+    *,
+    same: bool,
+) -> list[GuardVerdict | None]:
+    """Ask a guard about a batch of replies, and how its answers change with each of their tokens.
 
     Args:
         guard: Its parameters take no gradient.
-        prompt: What the user said.
-        reply: What the model replied.
-        tokens: The reply's tokens in the model's tokenizer, with spans from its beginning.
+        conversations: What the user said and what the model replied.
+        replies: The tokens of each reply in the model's tokenizer, with spans from its beginning.
+        same: Whether guard and model have one vocabulary: then tokens are aligned one by one where they are the same.
 
     Returns:
-        None if the question is too long for the guard.
+        None where the question is too long for the guard.
     """
-    question = tokenize_judgement(guard.tokenizer, guard.convention, prompt, reply)
-    if guard.max_length is not None and len(question) > guard.max_length:
-        return None
-    ids = torch.tensor([[token.id for token in question]], device=guard.device)
+    verdicts: list[GuardVerdict | None] = [None] * len(replies)
+    questions = [tokenize_judgement(guard.tokenizer, guard.convention, *pair) for pair in conversations]
+    short = [n for n, question in enumerate(questions) if guard.max_length is None or len(question) <= guard.max_length]
+    if not short:
+        return verdicts
+    longest = max(len(questions[number]) for number in short)
+    # On the left: so that all answers come at the last position.
+    padding = [longest - len(questions[number]) for number in short]
+    ids = [[0] * pad + [token.id for token in questions[number]] for pad, number in zip(padding, short, strict=True)]
+    mask = torch.ones(len(short), longest, dtype=torch.int64)
+    for row, pad in enumerate(padding):
+        mask[row, :pad] = 0
+    mask = mask.to(guard.device)
     with evaluation_mode(guard.model), _frozen(guard.model), torch.enable_grad():
-        embedded = input_embeddings(guard.model)(ids).detach().requires_grad_(True)
-        margin, share = answer_margin(guard, embedded)
-        (gradient,) = torch.autograd.grad(margin, embedded)
-    shares = align_tokens(question, tokens)
-    return GuardVerdict(float(margin.detach()), float(share), shares.T @ gradient[0].float().cpu())
+        embedded = input_embeddings(guard.model)(torch.tensor(ids, device=guard.device)).detach().requires_grad_(True)
+        margins, shares = answer_margins(guard, embedded, mask)
+        (gradients,) = torch.autograd.grad(margins.sum(), embedded)
+    for row, (pad, number) in enumerate(zip(padding, short, strict=True)):
+        gradient = gradients[row, pad:].cpu().float()
+        dealt = _deal(questions[number], replies[number], same=same).T @ gradient
+        verdicts[number] = GuardVerdict(float(margins[row].detach()), float(shares[row]), dealt)
+    return verdicts
 
 
-def answer_margin(guard: GuardModel, embedded: Tensor) -> tuple[Tensor, Tensor]:
-    """Return score and share, both scalars, after one question given as input embeddings [1, length, hidden]."""
+def answer_margins(guard: GuardModel, embedded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores and shares, both [batch], after questions given as input embeddings [batch, length, hidden]."""
     accepted = inspect.signature(guard.model.forward).parameters
-    # No row of [vocabulary] logits but the one that is read.
-    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    output = guard.model(inputs_embeds=embedded, use_cache=False, **options)
-    margin, share = guard.answer_margin(output.logits[:, -1])
-    return margin[0], share[0]
+    options: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+    if "position_ids" in accepted:
+        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        # No row of [vocabulary] logits but the one that is read.
+        options["logits_to_keep"] = 1
+    output = guard.model(inputs_embeds=embedded, **options)
+    return guard.answer_margin(output.logits[:, -1])
+
+
+def _deal(question: Sequence[Token], reply: Sequence[Token], *, same: bool) -> Tensor:
+    """Return how the question's tokens are dealt out to those of the reply. float32 [question, reply]."""
+    place = find_run(question, reply) if same else None
+    if place is None:
+        return align_tokens(question, reply)
+    dealt = torch.zeros(len(question), len(reply))
+    dealt[place : place + len(reply)] = torch.eye(len(reply))
+    return dealt
 
 
 def token_embeddings(guard: GuardModel, tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
     """Return the guard's input embedding of each token of the model.
 
-    Where the vocabularies differ, a token's embedding is the mean of those of the guard's tokens that hold its text,
-    each weighed by its share (`vocabulary_map`). A token that none holds, or that only fills up the model's vocabulary,
-    gets the mean of all, which speaks neither for it nor against it.
+    Where the vocabularies differ, a token that the guard has too gets the guard's embedding of it. Another one gets the
+    mean of those of the guard's tokens that hold its text, each weighed by its share (`vocabulary_map`): not their sum,
+    which for a syllable of thousands of words is thousands of times as long as any embedding. A token that none holds,
+    or that only fills up the model's vocabulary, gets the mean of all, which speaks neither for it nor against it.
 
     Args:
         guard: The guard.
@@ -87,17 +119,26 @@ def token_embeddings(guard: GuardModel, tokenizer: PreTrainedTokenizerBase, size
         float32 [size, hidden], on the CPU.
     """
     module = input_embeddings(guard.model)
+    rows = min(vocabulary_size(guard.tokenizer), module.num_embeddings)
     with torch.no_grad():
         # Through the module: some scale what they look up.
-        table: Tensor = module(torch.arange(vocabulary_size(guard.tokenizer), device=guard.device)).float().cpu()
-    found = table.mean(dim=0).repeat(size, 1)
+        table: Tensor = module(torch.arange(rows, device=guard.device)).cpu().float()
+    found: Tensor = table.mean(dim=0).repeat(size, 1)
     if same_vocabulary(guard.tokenizer, tokenizer):
-        found[: len(table)] = table
+        rows = min(rows, size)
+        found[:rows] = table[:rows]
         return found
     shares = vocabulary_map(guard.tokenizer, tokenizer)
-    weight = torch.sparse.sum(shares, dim=0).to_dense()
+    (sources, targets), values = shares.indices(), shares.values()
+    whole = torch.zeros(shares.shape[1], dtype=torch.bool)
+    whole[targets[values == 1]] = True
+    # Of a token that the guard has, its parts in other tokens do not count.
+    kept = ((values == 1) | ~whole[targets]) & (sources < rows) & (targets < size)
+    indices = torch.stack([targets[kept], sources[kept]])
+    carried = torch.sparse_coo_tensor(indices, values[kept], (size, rows), check_invariants=True)
+    weight = torch.sparse.sum(carried, dim=1).to_dense()
     held = weight.nonzero().squeeze(1)
-    found[held] = torch.sparse.mm(shares.T, table)[held] / weight[held, None]
+    found[held] = torch.sparse.mm(carried, table)[held] / weight[held, None]
     return found
 
 
@@ -115,6 +156,14 @@ def input_embeddings(model: nn.Module) -> nn.Embedding:
             f"with {type(module).__name__}."
         )
     return module
+
+
+def predicted_tokens(model: nn.Module) -> int:
+    """Return how many tokens a model chooses from."""
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else input_embeddings(model).num_embeddings
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +23,9 @@ from lightning_safety.language.guard_model import GuardModel
 from lightning_safety.language.guards import GuardConvention
 from lightning_safety.language.likelihood import response_logits
 from lightning_safety.language.tokenizer import pad_token_id
-from lightning_safety.language.vocabulary_map import check_fast
+from lightning_safety.language.vocabulary_map import check_fast, same_vocabulary
 from lightning_safety.progress import track
-from lightning_safety.scoring.guard_gradient import GuardVerdict, input_embeddings, judge_reply, token_embeddings
+from lightning_safety.scoring.guard_gradient import GuardVerdict, judge_replies, predicted_tokens, token_embeddings
 from lightning_safety.scoring.objective import ExampleObjective, ObjectiveBatch
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ _SMALLEST_SHARE = 0.05
 
 
 class _JudgedReply(NamedTuple):
+    number: int  # of the prompt
     row: TokenizedExample  # prompt and reply; the reply's tokens are labelled
     verdict: GuardVerdict
 
@@ -53,7 +56,7 @@ class GuardJudgedSafety(ExampleObjective):
     (`align_tokens`, `vocabulary_map`).
 
     Args:
-        guard: A `GuardModel`, or what one takes as its model.
+        guard: A `GuardModel`, or the path or hub id of one, which is loaded when it is asked and let go after that.
         examples: Prompts, as for `RefusalLikelihood`; their responses are not used.
         split: As for `RefusalLikelihood`.
         limit: As for `RefusalLikelihood`.
@@ -62,16 +65,17 @@ class GuardJudgedSafety(ExampleObjective):
         temperature: τ.
         noise: Whether Gumbel noise is added.
         seed: Of the noise, which is drawn for each prompt by itself.
-        batch_size: Replies generated at a time.
+        batch_size: Replies generated, and judged, at a time.
 
     Raises:
+        TypeError: `guard` is a model without its tokenizer.
         ValueError: An argument is out of range. From `prepare`: the guard cannot be asked, no reply can be judged, or
             one of the tokenizers does not say which characters a token comes from.
     """
 
     def __init__(
         self,
-        guard: GuardModel | nn.Module | str | os.PathLike[str],
+        guard: GuardModel | str | os.PathLike[str],
         examples: str | os.PathLike[str] | Sequence[Example] = "harmful",
         *,
         split: str | None = "score",
@@ -84,6 +88,13 @@ class GuardJudgedSafety(ExampleObjective):
         batch_size: int = 16,
     ) -> None:
         super().__init__(examples, split=split, limit=limit)
+        if not isinstance(guard, GuardModel | str | os.PathLike):
+            raise TypeError(
+                f"`guard` expected to be a GuardModel, a path or a hub id but got {type(guard).__name__}. For a loaded "
+                "model, pass `GuardModel(model, tokenizer=…)`."
+            )
+        if isinstance(guard, GuardModel) and convention is not None:
+            raise ValueError("`convention` expected to be None beside a GuardModel, which has one. Leave it out.")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"`temperature` expected to be above 0 but got {temperature!r}. The paper's is 0.3.")
         self.guard = guard
@@ -99,21 +110,30 @@ class GuardJudgedSafety(ExampleObjective):
 
     def describe(self) -> dict[str, str]:
         """Return the objective's name, its prompts, the guard and how replies are made and relaxed."""
-        guard = self.guard.model if isinstance(self.guard, GuardModel) else self.guard
-        name = getattr(guard, "name_or_path", type(guard).__name__) if isinstance(guard, nn.Module) else guard
-        return {
+        described = {
             **super().describe(),
-            "guard": str(name),
+            "guard": os.fspath(self.guard) if not isinstance(self.guard, GuardModel) else "",
+        }
+        convention = self.convention
+        if isinstance(self.guard, GuardModel):
+            model = self.guard.model
+            described["guard"] = str(getattr(model, "name_or_path", "") or type(model).__name__)
+            convention = self.guard.convention
+        return {
+            **described,
+            "convention": convention.name if isinstance(convention, GuardConvention) else convention or "by name",
             "max_new_tokens": str(self.max_new_tokens),
             "temperature": str(self.temperature),
             "noise": f"seed {self.seed}" if self.noise else "none",
         }
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Generate the replies and ask the guard, once for each state of the model."""
-        state = (ref(model), ref(tokenizer), sum(weight._version for weight in model.parameters()))
+        """Generate the replies and ask the guard, once for each state of both models."""
+        judges = [self.guard.model] if isinstance(self.guard, GuardModel) else []
+        state = (ref(tokenizer), *(_checksums(one) for one in [model, *judges]))
         if state == self._prepared_for:
             return
+        self._prepared_for = None
         check_fast(tokenizer, "tokenizer")
         guard = self.guard if isinstance(self.guard, GuardModel) else GuardModel(self.guard, convention=self.convention)
         check_fast(guard.tokenizer, "guard")
@@ -121,11 +141,9 @@ class GuardJudgedSafety(ExampleObjective):
         replies = generate_replies(
             model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )
-        self._embeddings = token_embeddings(guard, tokenizer, len(input_embeddings(model).weight))
-        pairs = list(zip(prompts, replies, strict=True))
-        judged = [_judge(guard, tokenizer, *pair) for pair in track(pairs, "Asking the guard")]
-        self._judged = [found for found in judged if found is not None]
+        self._judged = self._judge(guard, tokenizer, list(zip(prompts, replies, strict=True)))
         _report(len(prompts), [found.verdict for found in self._judged], guard)
+        self._embeddings = token_embeddings(guard, tokenizer, predicted_tokens(model))
         self._prepared_for = state
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
@@ -147,42 +165,58 @@ class GuardJudgedSafety(ExampleObjective):
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
         """Return −S, whose gradient is that of the relaxed replies."""
         tensors = dict(batch.tensors)
-        numbers = tensors.pop("index").tolist()
-        verdicts = [self._judged[number].verdict for number in numbers]
+        judged = [self._judged[index] for index in tensors.pop("index").tolist()]
         logits, _, counted = response_logits(model, tensors)
-        parts = torch.split(logits, counted.sum(dim=1).tolist())
+        embeddings = self._embeddings.to(logits.device)
         with torch.no_grad():
-            slopes = [self._slope(*item) for item in zip(parts, verdicts, numbers, strict=True)]
+            parts = torch.split(logits, counted.sum(dim=1).tolist())
+            slopes = [self._slope(part, found, embeddings) for part, found in zip(parts, judged, strict=True)]
         # Linear in the logits, with the value and the gradient that S has here: the graph ends where p enters the
         # guard, which has been asked already.
         linear = (logits.float() * torch.cat(slopes)).sum()
-        score = sum(verdict.score for verdict in verdicts)
-        loss: Tensor = -(linear - linear.detach() + score) / len(verdicts)
+        score = sum(found.verdict.score for found in judged)
+        loss: Tensor = -(linear - linear.detach() + score) / len(judged)
         return loss
 
-    def _slope(self, logits: Tensor, verdict: GuardVerdict, number: int) -> Tensor:
+    def _slope(self, logits: Tensor, judged: _JudgedReply, embeddings: Tensor) -> Tensor:
         """Return ∂S/∂logits of one reply's tokens. float32 [reply tokens, vocabulary]."""
         noisy = logits.float()
         if self.noise:
-            generator = torch.Generator().manual_seed(self.seed + number)
+            # On the CPU: the same on every device.
+            (seed,) = np.random.SeedSequence([self.seed, judged.number]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(seed))
             exponential = torch.empty(logits.shape).exponential_(generator=generator)
             noisy = noisy - exponential.log().to(noisy.device)
         relaxed = (noisy / self.temperature).softmax(dim=-1)
-        wanted = verdict.gradient.to(noisy.device) @ self._embeddings.to(noisy.device).T
+        wanted = judged.verdict.gradient.to(noisy.device) @ embeddings.T
         slope: Tensor = relaxed * (wanted - (relaxed * wanted).sum(dim=-1, keepdim=True)) / self.temperature
         return slope
 
+    def _judge(
+        self, guard: GuardModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+    ) -> list[_JudgedReply]:
+        """Return what the guard says, without the replies that cannot be judged."""
+        same = same_vocabulary(guard.tokenizer, tokenizer)
+        spoken = [number for number, (_, reply) in enumerate(pairs) if reply]
+        encoded = {number: tokenize_reply(tokenizer, *pairs[number]) for number in spoken}
+        judged = []
+        buckets = length_buckets([len(encoded[number][0]) for number in spoken], self.batch_size)
+        for bucket in track(buckets, "Asking the guard"):
+            numbers = [spoken[place] for place in bucket]
+            replies = [tokens[start:] for tokens, start in (encoded[number] for number in numbers)]
+            verdicts = judge_replies(guard, [pairs[number] for number in numbers], replies, same=same)
+            for number, verdict in zip(numbers, verdicts, strict=True):
+                if verdict is not None and math.isfinite(verdict.score) and bool(verdict.gradient.isfinite().all()):
+                    tokens, start = encoded[number]
+                    ids = [token.id for token in tokens]
+                    row = TokenizedExample(ids, [IGNORED_LABEL] * start + ids[start:])
+                    judged.append(_JudgedReply(number, row, verdict))
+        return sorted(judged, key=lambda found: found.number)
 
-def _judge(guard: GuardModel, tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str) -> _JudgedReply | None:
-    """Return None for a reply that cannot be judged."""
-    if not reply:
-        return None
-    tokens, start = tokenize_reply(tokenizer, prompt, reply)
-    verdict = judge_reply(guard, prompt, reply, tokens[start:])
-    if verdict is None:
-        return None
-    ids = [token.id for token in tokens]
-    return _JudgedReply(TokenizedExample(ids, [IGNORED_LABEL] * start + ids[start:]), verdict)
+
+def _checksums(model: nn.Module) -> tuple[object, ...]:
+    """Return what tells two states of a model apart: a version counter would miss what an optimizer does in C."""
+    return (ref(model), *(float(weight.detach().sum(dtype=torch.float64)) for weight in model.parameters()))
 
 
 def _report(asked: int, verdicts: Sequence[GuardVerdict], guard: GuardModel) -> None:
@@ -193,13 +227,14 @@ def _report(asked: int, verdicts: Sequence[GuardVerdict], guard: GuardModel) -> 
     """
     if not verdicts:
         raise ValueError(
-            f"`guard` expected to judge at least one of {asked} replies but all are empty or longer than the "
-            f"{guard.max_length} tokens it takes. Check the model's replies, or lower `max_new_tokens`."
+            f"`guard` expected to judge at least one of {asked} replies but all are empty, longer than the "
+            f"{guard.max_length} tokens it takes, or get no finite answer. Check the model's replies and the guard's "
+            "dtype, or lower `max_new_tokens`."
         )
     if len(verdicts) < asked:
         warnings.warn(
-            f"{asked - len(verdicts)} of {asked} replies are left out of the guard-judged score: they are empty, or "
-            "too long for the guard.",
+            f"{asked - len(verdicts)} of {asked} replies are left out of the guard-judged score: they are empty, "
+            "too long for the guard, or get no finite answer.",
             stacklevel=3,
         )
     silent = sum(not verdict.share >= _SMALLEST_SHARE for verdict in verdicts)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lightning_safety.language.alignment import align_tokens
+from lightning_safety.language.alignment import align_tokens, find_run
 from lightning_safety.language.plain_text import Token
 from tests.language.tokenizers import make_metaspace_tokenizer, make_wordpiece_tokenizer
 from tests.tiny import make_tiny_tokenizer
@@ -47,6 +47,22 @@ def test_every_token_goes_to_those_with_its_characters(make: object, text: str) 
     # White space is all that one of them may leave to nobody.
     lost = align_tokens(ours, theirs).sum(dim=1) == 0
     assert all(text[token.start : token.end].isspace() for token, none in zip(ours, lost.tolist(), strict=True) if none)
+
+
+def test_a_character_cut_into_tokens_belongs_to_them_in_order() -> None:
+    # A space and the first bytes of a character in one token, its last byte in the next.
+    tokens = [Token(0, 0, 2), Token(1, 1, 2), Token(2, 2, 3)]
+    assert torch.equal(align_tokens(tokens, tokens), torch.eye(3))
+    whole = [Token(0, 0, 1), Token(1, 1, 3)]
+    expected = torch.tensor([[2 / 3, 1 / 3], [0, 1], [0, 1]])
+    assert torch.allclose(align_tokens(tokens, whole), expected)
+
+
+def test_a_run_of_the_same_tokens_is_found_by_spans_too() -> None:
+    run = [Token(5, 0, 2), Token(9, 2, 2), Token(6, 3, 4)]
+    assert find_run([Token(5, -4, -2), Token(9, -2, -2), *run, Token(7, 4, 5)], run) == 2
+    assert find_run([Token(5, -4, -2), Token(9, -2, -2), Token(6, -1, 0)], run) is None
+    assert find_run(run[:2], run) is None
 
 
 def test_shares_are_those_of_the_characters() -> None:

@@ -85,6 +85,16 @@ def test_parts_of_a_character_go_by_name() -> None:
     assert not vocabulary_map(byte_level, make_wordpiece_tokenizer()).to_dense()[part].any()
 
 
+def test_bytes_to_fall_back_on_are_no_text() -> None:
+    tokenizer = make_metaspace_tokenizer()
+    with_bytes = copy.deepcopy(tokenizer)
+    with_bytes.add_tokens(["<0x41>", "<0x42>"])
+    shares = vocabulary_map(with_bytes, tokenizer).to_dense()
+    assert not shares[with_bytes.convert_tokens_to_ids("<0x41>")].any()
+    back = vocabulary_map(with_bytes, with_bytes).to_dense()
+    assert back[with_bytes.convert_tokens_to_ids("<0x41>")].argmax() == with_bytes.convert_tokens_to_ids("<0x41>")
+
+
 def test_same_vocabulary() -> None:
     assert same_vocabulary(make_tiny_tokenizer(), make_tiny_tokenizer())
     assert not same_vocabulary(make_tiny_tokenizer(), make_wordpiece_tokenizer())

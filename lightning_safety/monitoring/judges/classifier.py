@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from lightning_safety.arguments import check_fraction, check_positive, closest
 from lightning_safety.data import length_buckets
 from lightning_safety.language import evaluation_mode, load_tokenizer
-from lightning_safety.language.chat import tokenize_reply
+from lightning_safety.language.chat import encode_example
 from lightning_safety.language.load import load_sequence_classifier
+from lightning_safety.language.template import chat_frame
 from lightning_safety.monitoring.judges.protocol import Verdict, check_lengths
 from lightning_safety.monitoring.judges.refusal import why_unreadable
 from lightning_safety.progress import track
@@ -40,8 +42,10 @@ class ClassifierJudge:
         refused: The labels that mean a refusal.
         form: What the model reads. ``"pair"``: prompt and reply as two texts. ``"reply"``: the reply alone.
             ``"chat"``: both by the tokenizer's chat template.
-        threshold: A label holds from this probability on. Probabilities of several labels add up; where labels do not
-            exclude each other (``problem_type="multi_label_classification"``), the largest counts.
+        exclusive: Whether just one label holds: then they share one probability, and those of several labels add up;
+            otherwise each has its own, and the largest counts. Default: what the model's ``problem_type`` says, and
+            True where it says nothing.
+        threshold: A label holds from this probability on.
         batch_size: Replies judged at a time.
         max_length: Longest text in tokens. Default: what the model's positions allow.
         dtype: As for `load_causal_lm`.
@@ -62,6 +66,7 @@ class ClassifierJudge:
         harmful: Sequence[str] | str = (),
         refused: Sequence[str] | str = (),
         form: Form = "pair",
+        exclusive: bool | None = None,
         threshold: float = 0.5,
         batch_size: int = 16,
         max_length: int | None = None,
@@ -78,12 +83,19 @@ class ClassifierJudge:
         self.threshold = check_fraction(threshold, "threshold")
         self.batch_size = check_positive(batch_size, "batch_size")
         if isinstance(model, nn.Module):
-            if tokenizer is None:
-                raise TypeError("`tokenizer` expected to be given beside a loaded model but got None. Pass it.")
+            if tokenizer is None or isinstance(tokenizer, str):
+                raise TypeError(
+                    "`tokenizer` expected to be the model's tokenizer beside a loaded model but got "
+                    f"{type(tokenizer).__name__}. Pass it, or the model's path as `model`."
+                )
             self.tokenizer, self.model = tokenizer, model
         else:
             self.tokenizer = tokenizer or load_tokenizer(model)
-            self.model = load_sequence_classifier(model, dtype=dtype)
+            loaded = load_sequence_classifier(model, dtype=dtype)
+            loaded.config.pad_token_id = self.tokenizer.pad_token_id
+            self.model = loaded
+        if form == "chat":
+            chat_frame(self.tokenizer, turns=2)  # raises where there is no chat template
         if device is not None or self.model is not model:
             self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config: Any = self.model.config
@@ -100,9 +112,14 @@ class ClassifierJudge:
                 f"`model` expected to have at least two labels but has {len(labels)}: a single output has no scale of "
                 "its own. Wrap the model in a function with a threshold, and pass that as the judge."
             )
-        self._exclusive = config.problem_type != "multi_label_classification"
+        if set(self._harmful) & set(self._refused):
+            raise ValueError("`harmful` and `refused` expected to name different labels but share one.")
+        self._exclusive = _are_exclusive(config.problem_type) if exclusive is None else exclusive
+        _check_padding(self.model, self.tokenizer)
         self.name = name or ("classifier" if self._harmful else "refusal_label")
-        self.max_length: int | None = max_length or getattr(config, "max_position_embeddings", None)
+        self.max_length = (
+            _positions(self.model, self.tokenizer) if max_length is None else check_positive(max_length, "max_length")
+        )
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict for each reply."""
@@ -130,8 +147,8 @@ class ClassifierJudge:
 
     def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
         if self.form == "chat":
-            tokens, _ = tokenize_reply(self.tokenizer, prompt, response)
-            return {"input_ids": [token.id for token in tokens], "attention_mask": [1] * len(tokens)}
+            tokens = encode_example(self.tokenizer, prompt, response).input_ids
+            return {"input_ids": tokens, "attention_mask": [1] * len(tokens)}
         texts = (response,) if self.form == "reply" else (prompt, response)
         return dict(self.tokenizer(*texts, split_special_tokens=True, verbose=False))
 
@@ -159,6 +176,8 @@ class ClassifierJudge:
 
 def _label_numbers(labels: dict[str, int], names: Sequence[str] | str, argument: str) -> list[int]:
     wanted = [names] if isinstance(names, str) else list(names)
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"`{argument}` expected to name each label once but got {', '.join(wanted)}.")
     for name in wanted:
         if name not in labels:
             raise ValueError(
@@ -166,3 +185,45 @@ def _label_numbers(labels: dict[str, int], names: Sequence[str] | str, argument:
                 f"{closest(str(name), labels)}"
             )
     return [labels[name] for name in wanted]
+
+
+def _are_exclusive(problem_type: str | None) -> bool:
+    if problem_type == "regression":
+        raise ValueError(
+            "`model` expected to be a classifier but its `problem_type` is regression: its outputs are no "
+            "probabilities. Wrap the model in a function with a threshold, and pass that as the judge."
+        )
+    return problem_type != "multi_label_classification"
+
+
+def _check_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where a row would be read at another place because it is padded."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "`tokenizer` expected to have a padding token but has none. Set one that no text holds, for instance "
+            "`tokenizer.pad_token = tokenizer.eos_token`."
+        )
+    config: Any = model.config
+    # Causal classifiers (their head is called `score`) look for the last token that is no padding.
+    if hasattr(model, "score") and config.pad_token_id != tokenizer.pad_token_id:
+        raise ValueError(
+            f"`model.config.pad_token_id` expected to be the tokenizer's {tokenizer.pad_token_id} but is "
+            f"{config.pad_token_id}: the model would read padded rows at the wrong token. Set it."
+        )
+
+
+def _positions(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return how many tokens the model takes, or None where it does not say."""
+    config: Any = model.config
+    limits = [int(tokenizer.model_max_length)]
+    if getattr(config, "max_position_embeddings", None) is not None:
+        # Some count positions from behind the padding token's.
+        offsets = [
+            module.padding_idx + 1
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        ]
+        limits.append(config.max_position_embeddings - max(offsets, default=0))
+    # A tokenizer without a limit says 1e30.
+    shortest = min(limits)
+    return shortest if shortest < sys.maxsize else None

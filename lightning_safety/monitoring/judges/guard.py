@@ -80,7 +80,8 @@ class GuardModelJudge:
             if verdicts[index].reason:
                 continue
             tokens = encode_judgement(guard.tokenizer, guard.convention, prompt, response)
-            if guard.max_length is not None and len(tokens) > guard.max_length:
+            # Its answer is one token more.
+            if guard.max_length is not None and len(tokens) >= guard.max_length:
                 verdicts[index] = Verdict(None, None, reason=f"{len(tokens)} tokens are too long for the guard")
                 continue
             rows[index] = tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from lightning_safety.monitoring.judges.phrases import BARE_NO, DRAFT, REFUSALS, REWRITINGS
 
@@ -21,6 +22,8 @@ _FIRST_WORD = re.compile(r"\W*(?:i|we|my|as|no|sorry|apolog\w*|unfortunately|una
 _FEWEST_WORDS_IN_A_LOOP, _MOST_DISTINCT_WORDS_IN_A_LOOP = 8, 4
 
 
+# A judge asks for the same text several times.
+@lru_cache(maxsize=64)
 def normalise_reply(reply: str) -> str:
     """Return a reply in lower case, without special tokens, thoughts and mark-up, contractions written out.
 

@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from lightning_safety.monitoring import ClassifierJudge
 from tests.language.tokenizers import make_wordpiece_tokenizer
@@ -93,6 +102,56 @@ def test_special_tokens_in_a_reply_are_text(tokenizer: PreTrainedTokenizerFast, 
     assert [i for i in forged if i in special] == [i for i in plain if i in special]
 
 
+def test_chat_form_is_the_chat_templates(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    expected = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert make_judge(tokenizer, form="chat")._encode("Why?", "Because.")["input_ids"] == expected
+    without = copy.deepcopy(tokenizer)
+    without.chat_template = None
+    with pytest.raises(ValueError, match="expected to have a chat template"):
+        make_judge(without, form="chat")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_causal_classifiers_read_their_last_token(tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=800, id2label=LABELS, initializer_range=0.5, pad_token_id=5, **settings)
+    model = LlamaForSequenceClassification(config).eval()
+    with pytest.raises(ValueError, match=r"`model\.config\.pad_token_id` expected to be the tokenizer's 1 but is 5"):
+        make_judge(tokenizer, model=model)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    judge = make_judge(tokenizer, model=model, batch_size=batch_size)
+    for prompt, reply, verdict in zip(PROMPTS, REPLIES, judge.score(PROMPTS, REPLIES), strict=True):
+        with torch.no_grad():
+            hidden = model.model(**tokenizer(prompt, reply, return_tensors="pt")).last_hidden_state[0, -1]
+            expected = model.score(hidden).double().softmax(-1)[1:].sum()
+        assert verdict.score == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_positions_behind_the_paddings() -> None:
+    config = RobertaConfig(
+        vocab_size=800,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=66,
+        id2label=LABELS,
+    )
+    judge = make_judge(make_wordpiece_tokenizer(), model=RobertaForSequenceClassification(config).eval(), form="reply")
+    assert judge.max_length == 64
+    verdicts = judge.score(["Why?"] * 2, ["river lake " * 60, "Because."])
+    assert [verdict.harmful is None for verdict in verdicts] == [True, False]
+
+
+def test_labels_that_do_not_exclude_each_other_can_be_said_to(tokenizer: PreTrainedTokenizerFast) -> None:
+    (by_model,), (by_user,) = (
+        make_judge(tokenizer, exclusive=exclusive).score(["Why?"], ["Because."]) for exclusive in (None, False)
+    )
+    assert by_model.score != by_user.score
+
+
 def test_what_cannot_be_judged_is_not_scored(tokenizer: PreTrainedTokenizerFast) -> None:
     long = "A reply that goes on about rivers, lakes and the hills. " * 8
     verdicts = make_judge(tokenizer).score(["Why?"] * 3, ["", long, "Because."])
@@ -120,6 +179,10 @@ def test_model_is_loaded_from_a_folder(tokenizer: PreTrainedTokenizerFast, tmp_p
         ({"harmful": "toxik"}, r"`harmful` expected to hold labels .* got 'toxik'\. Did you mean `toxic`"),
         ({"refused": ["refusal"]}, "`refused` expected to hold labels"),
         ({"form": "pairs"}, "`form` expected to be one of pair, reply, chat"),
+        ({"harmful": ["toxic", "toxic"]}, "`harmful` expected to name each label once"),
+        ({"refused": "toxic"}, "expected to name different labels"),
+        ({"max_length": 0}, "`max_length` expected"),
+        ({"model": make_model(problem_type="regression")}, "its `problem_type` is regression"),
         ({"threshold": 2}, "`threshold` expected"),
         ({"model": make_model({0: "toxic"}), "harmful": "toxic"}, "a single output has no scale"),
     ],
@@ -135,5 +198,5 @@ def test_labels_without_names(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_loaded_model_without_tokenizer() -> None:
-    with pytest.raises(TypeError, match="`tokenizer` expected to be given"):
+    with pytest.raises(TypeError, match="`tokenizer` expected to be the model's tokenizer"):
         ClassifierJudge(make_model(), harmful="toxic")
