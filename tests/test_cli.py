@@ -144,6 +144,9 @@ def test_a_study_writes_one_run_folder_with_its_control(model_folder, tmp_path, 
     )
     results = json.loads((output / "results.json").read_text())
     assert list(results) == ["before", "after", "random mask"]
+    header = (output / "log" / "metrics.csv").read_text().splitlines()[0]
+    for judge in ("keyword_refusal", "refusal_classifier"):
+        assert f"safety/attack_success_rate/{judge}" in header
     written = {entry.name for entry in output.iterdir()}
     assert {"results.json", "mask.safetensors", "mask.png", "patch.safetensors", "log", "log-random-mask"} <= written
     shown = capsys.readouterr().out
