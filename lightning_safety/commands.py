@@ -49,7 +49,7 @@ def score(
         compare: Other objectives to score by; overlap and pattern of all are printed beside a random mask's.
         examples: Harmful prompts with refusals: a built-in set, a file or a hub data set.
         split: Its split; for a file without one, `null`.
-        limit: At most so many examples, spread evenly.
+        limit: Only the first so many examples.
         guard: For `guard_judged`: the guard, as `model`.
         convention: For `guard_judged`: how the guard is asked; `instructed` for a model that is no guard.
         max_new_tokens: For `guard_judged`: length of the judged replies.

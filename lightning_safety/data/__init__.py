@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from lightning_safety.data.collator import IGNORED_LABEL, TokenizedExample, length_buckets, pad_batch
 from lightning_safety.data.overlap import drop_overlapping, near_duplicates, word_jaccard
-from lightning_safety.data.prompts import BUILT_IN_SETS, SPLITS, Example, load_prompts, spread
+from lightning_safety.data.prompts import BUILT_IN_SETS, SPLITS, Example, load_prompts
 
 __all__ = [
     "BUILT_IN_SETS",
@@ -18,6 +18,5 @@ __all__ = [
     "load_prompts",
     "near_duplicates",
     "pad_batch",
-    "spread",
     "word_jaccard",
 ]

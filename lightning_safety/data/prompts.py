@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def load_prompts(
         prompt_column: The column that holds the prompt.
         response_column: The column that holds the response. The default may be absent; another name may not. None: load
             no responses. A blank response counts as none.
-        limit: At most so many, spread evenly over the set: sets are often sorted by category.
+        limit: Load only the first so many.
 
     Returns:
         At least one example. ``category`` comes from the column of that name, if there is one.
@@ -83,18 +83,11 @@ def load_prompts(
         )
     if limit is not None:
         check_positive(limit, "limit")
-    found = list(_read_examples(_find_rows(source, split), prompt_column, response_column))
+    examples = _read_examples(_find_rows(source, split), prompt_column, response_column)
+    found = list(examples if limit is None else islice(examples, limit))
     if not found:
         raise ValueError(f"`source` expected to hold at least one prompt but {os.fspath(source)!r} is empty.")
-    return found if limit is None else spread(found, limit)
-
-
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Return `count` of the examples, or all where there are no more, evenly spaced and in order."""
-    if count >= len(examples):
-        return list(examples)
-    # The middle of each of `count` equal stretches.
-    return [examples[(2 * index + 1) * len(examples) // (2 * count)] for index in range(count)]
+    return found
 
 
 def _find_rows(source: str | os.PathLike[str], split: str | None) -> Iterable[Row]:

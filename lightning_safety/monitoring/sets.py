@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_safety.arguments import check_positive, closest
-from lightning_safety.data import BUILT_IN_SETS, Example, load_prompts, spread
+from lightning_safety.data import BUILT_IN_SETS, Example, load_prompts
 
 # Text last: jsonargparse takes the first that fits, and everything can be text.
 PromptSource = Sequence[Example] | Mapping[str, Any] | os.PathLike[str] | str
@@ -26,7 +26,7 @@ def read_prompts(
         source: Where they come from.
         argument: The name of the caller's argument, for messages.
         split: The split of a built-in set that does not say its own; other sources are read whole.
-        limit: At most so many, spread evenly.
+        limit: At most so many, spread evenly: the built-in sets are sorted by category.
 
     Returns:
         The name of the set (such as ``"harmful/test"``) and at least one example.
@@ -54,6 +54,14 @@ def read_prompts(
     if not examples:
         raise ValueError(f"`{argument}` expected to hold at least one prompt but it is empty.")
     return name, examples if limit is None else spread(examples, check_positive(limit, "limit"))
+
+
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Return `count` of the examples, or all where there are no more, evenly spaced and in order."""
+    if count >= len(examples):
+        return list(examples)
+    # The middle of each of `count` equal stretches.
+    return [examples[(2 * index + 1) * len(examples) // (2 * count)] for index in range(count)]
 
 
 def _is_example(value: object) -> bool:

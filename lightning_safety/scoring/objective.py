@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_safety.arguments import check_positive
-from lightning_safety.data import Example, TokenizedExample, length_buckets, load_prompts, pad_batch, spread
+from lightning_safety.data import Example, TokenizedExample, length_buckets, load_prompts, pad_batch
 from lightning_safety.data.collator import IGNORED_LABEL
 from lightning_safety.language.chat import encode_example
 from lightning_safety.language.likelihood import response_log_probabilities
@@ -110,7 +110,7 @@ class ExampleObjective(SafetyObjective):
             return load_prompts(self.examples, split=self.split, limit=self.limit)
         if not self.examples:
             raise ValueError("`examples` expected to hold at least one example but is empty. Pass at least one prompt.")
-        return list(self.examples) if self.limit is None else spread(self.examples, self.limit)
+        return list(self.examples)[: self.limit]
 
     def _load_pairs(self) -> list[tuple[str, str]]:
         """Return (prompt, response) of each example.
@@ -139,7 +139,7 @@ class RefusalLikelihood(ExampleObjective):
         examples: What `load_prompts` takes (a built-in set, a file, a hub data set), or examples themselves. Each needs
             a response.
         split: The split to load; None for a file without splits. Without meaning for examples given themselves.
-        limit: At most so many, spread evenly over the set.
+        limit: Take only the first so many.
 
     Raises:
         ValueError: From `batches`, if there are no examples or one has no response.

@@ -9,7 +9,7 @@ import re
 import datasets
 import pytest
 
-from lightning_safety.data import BUILT_IN_SETS, Example, load_prompts, spread
+from lightning_safety.data import BUILT_IN_SETS, Example, load_prompts
 
 ROWS = [
     {"split": "train", "category": "food", "prompt": "Bake bread", "response": "Knead it."},
@@ -75,14 +75,8 @@ def test_a_file_is_filtered_by_its_split_column(rows_file):
     assert [row.prompt for row in load_prompts(str(rows_file), split="train")] == ["Bake bread", "Fry rice"]
 
 
-def test_a_limit_is_spread_over_the_split(rows_file):
-    assert [row.prompt for row in load_prompts(rows_file, split="train", limit=1)] == ["Fry rice"]
-    assert len({row.category for row in load_prompts("harmful", split="test", limit=20)}) > 12
-    rows = [Example(str(index)) for index in range(40)]
-    assert [row.prompt for row in spread(rows, 4)] == ["5", "15", "25", "35"]
-    for count in range(1, 41):
-        assert len({row.prompt for row in spread(rows, count)}) == count
-    assert spread(rows, 50) == rows
+def test_limit_takes_the_first_of_the_split(rows_file):
+    assert [row.prompt for row in load_prompts(rows_file, split="train", limit=1)] == ["Bake bread"]
 
 
 def test_no_responses_are_loaded_where_none_are_wanted(rows_file):

@@ -10,6 +10,7 @@ import pytest
 
 from lightning_safety.data import Example, load_prompts
 from lightning_safety.monitoring import read_prompts
+from lightning_safety.monitoring.sets import spread
 
 
 @pytest.fixture
@@ -38,6 +39,11 @@ def test_examples_are_taken_as_they_are() -> None:
 
 
 def test_a_limit_is_spread_over_the_set() -> None:
+    rows = [Example(str(index)) for index in range(40)]
+    assert [example.prompt for example in spread(rows, 4)] == ["5", "15", "25", "35"]
+    for count in range(1, 41):
+        assert len({example.prompt for example in spread(rows, count)}) == count
+    assert spread(rows, 50) == rows
     _, few = read_prompts("harmful", "harmful", split="test", limit=20)
     assert len({example.category for example in few}) > 12
 
