@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring weights, and what a mask selects."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ObjectiveName = Literal["refusal_margin", "refusal_likelihood", "guard_judged"]
+
+
+def score(
+    model: str,
+    output: str,
+    fraction: float = 0.01,
+    objective: ObjectiveName = "refusal_margin",
+    compare: list[ObjectiveName] | None = None,
+    examples: str = "harmful",
+    split: str | None = "score",
+    limit: int | None = None,
+    guard: str | None = None,
+    convention: str | None = None,
+    max_new_tokens: int = 256,
+    reduction: Literal["signed", "absolute"] = "signed",
+    scale: Literal["std", "magnitude", "none"] = "std",
+    batch_size: int = 8,
+    dtype: str = "float32",
+    gguf_file: str | None = None,
+) -> None:
+    """Score every weight of a model by its Expected Safety Impact and save the mask of the highest.
+
+    Args:
+        model: A hub id, a folder, a .gguf file or `smollm2-135m-instruct`.
+        output: The mask file to write (.safetensors).
+        fraction: The share of the scored weights to select, in (0, 1].
+        objective: The safety objective: `refusal_margin`, `refusal_likelihood` or `guard_judged`.
+        compare: Other objectives to score by; overlap and pattern of all are printed beside a random mask's.
+        examples: Harmful prompts with refusals: a built-in set, a file or a hub data set.
+        split: Its split; for a file without one, `null`.
+        limit: Only the first so many examples.
+        guard: For `guard_judged`: the guard, as `model`.
+        convention: For `guard_judged`: how the guard is asked; `instructed` for a model that is no guard.
+        max_new_tokens: For `guard_judged`: length of the judged replies.
+        reduction: `signed` (the paper's) or `absolute`.
+        scale: `std` (the paper's), `magnitude` or `none`.
+        batch_size: Examples in one forward pass; changes memory and time only.
+        dtype: The type to load the weights in.
+        gguf_file: The name of a GGUF file inside the folder or hub repository.
+    """
+    from lightning_safety.language import load_causal_lm, load_tokenizer
+    from lightning_safety.scoring import (
+        GuardJudgedSafety,
+        RefusalLikelihood,
+        RefusalMargin,
+        SafetyMask,
+        SafetyObjective,
+        expected_safety_impact,
+        select_random,
+        select_top,
+    )
+    from lightning_safety.scoring.comparison import objective_comparison, sample_scores
+
+    names = list(dict.fromkeys([objective, *(compare or ())]))
+    if "guard_judged" in names and guard is None:
+        raise ValueError(
+            "`guard` expected to name a guard model for the objective guard_judged but got nothing. Pass for instance "
+            "`--guard smollm2-135m-instruct --convention instructed`."
+        )
+    if "guard_judged" not in names and (guard, convention) != (None, None):
+        raise ValueError(
+            "`guard` and `convention` expected to be given for the objective guard_judged but the objectives are "
+            f"{', '.join(names)}. Pass `--objective guard_judged`, or leave them out."
+        )
+    objectives: dict[str, SafetyObjective] = {}
+    for name in names:
+        if name == "guard_judged" and guard is not None:
+            objectives[name] = GuardJudgedSafety(
+                guard, examples, split=split, limit=limit, convention=convention, max_new_tokens=max_new_tokens
+            )
+        else:
+            written = RefusalLikelihood if name == "refusal_likelihood" else RefusalMargin
+            objectives[name] = written(examples, split=split, limit=limit)
+    language_model = load_causal_lm(model, dtype=dtype, gguf_file=gguf_file)
+    tokenizer = load_tokenizer(model, gguf_file=gguf_file)
+    masks: dict[str, SafetyMask] = {}
+    samples = {}
+    for name, chosen in objectives.items():
+        scores = expected_safety_impact(
+            language_model, chosen, tokenizer, batch_size=batch_size, reduction=reduction, scale=scale
+        )
+        masks[name] = select_top(scores, fraction, metadata={"model": model, **chosen.describe()})
+        if compare:
+            samples[name] = sample_scores(scores)
+        if compare and name == names[-1]:
+            masks["random"] = select_random(scores, fraction, seed=0)
+    mask = masks[objective]
+    mask.save(output)
+    print(objective_comparison(masks, samples) if compare else mask.describe().table())
+    print(f"\n{mask.count:,} of {mask.scored:,} scored weights selected. Mask: {output}")
+
+
+def mask_describe(file: str, heatmap: str | None = None) -> None:
+    """Show which layers and components the weights of a mask lie in, against the size of each.
+
+    Args:
+        file: A mask file.
+        heatmap: A PNG file to draw the same in.
+    """
+    from lightning_safety.scoring import SafetyMask
+
+    description = SafetyMask.load(file).describe()
+    print(description.table())
+    if heatmap is not None:
+        description.heatmap(heatmap)
