@@ -22,7 +22,7 @@ def vocabulary_map(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerB
     """Split every token of one vocabulary evenly over the tokens that another tokenizer makes of its text.
 
     A token that the other vocabulary has as well goes to that one alone. All tokens are decoded and tokenised in a few
-    calls, not one by one: a second for 128,000 tokens.
+    calls, not one by one: some seconds for 128,000 tokens.
 
     Args:
         source: A fast tokenizer.
