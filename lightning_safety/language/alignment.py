@@ -26,9 +26,9 @@ def align_tokens(source: Sequence[Token], target: Sequence[Token]) -> Tensor:
         special token, or white space that one of the tokenizers drops).
 
     Example:
-        >>> text = [Token(7, 0, 6)], [Token(1, 0, 2), Token(2, 2, 6)]  # "unsafe" and "un", "safe"
-        >>> align_tokens(*text).round(decimals=2).tolist()
-        [[0.33, 0.67]]
+        >>> text = [Token(7, 0, 8)], [Token(1, 0, 2), Token(2, 2, 8)]  # "unlawful" and "un", "lawful"
+        >>> align_tokens(*text).tolist()
+        [[0.25, 0.75]]
     """
     shared = torch.zeros(len(source), len(target), dtype=torch.float64)
     ours, theirs = _by_character(source), _by_character(target)
