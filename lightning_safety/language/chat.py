@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lightning_safety.arguments import check_positive
 from lightning_safety.data.collator import IGNORED_LABEL, TokenizedExample
-from lightning_safety.language.plain_text import Piece, Token, moved, tokenize
+from lightning_safety.language.plain_text import Piece, Token, moved, tokenize, tokenize_spans
 from lightning_safety.language.template import Frame, chat_frame, frame_pieces
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """
     _check_text("prompt", prompt, prompt)
     frame = chat_frame(tokenizer, turns=1)
-    return [token.id for token in tokenize(tokenizer, frame_pieces(frame, [prompt]), frame.controls)]
+    return tokenize(tokenizer, frame_pieces(frame, [prompt]), frame.controls)
 
 
 def encode_example(
@@ -88,8 +88,7 @@ def encode_example(
     if not pieces[3].text.strip():
         raise ValueError(f"`response` expected to be text but is blank for the prompt {_shorten(prompt)}.")
     closing = frame.controls.search(frame.texts[2])
-    tokens, start = _tokenize_after(tokenizer, pieces[:3], pieces[3:] if end_turn and closing else pieces[3:4], frame)
-    token_ids = [token.id for token in tokens]
+    token_ids, start = _encode_after(tokenizer, pieces[:3], pieces[3:] if end_turn and closing else pieces[3:4], frame)
     end = len(token_ids)
     if end_turn and closing:
         closing_id = tokenizer.convert_tokens_to_ids(closing.group())
@@ -117,8 +116,14 @@ def tokenize_reply(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str) 
     """
     frame = chat_frame(tokenizer, turns=2)
     pieces = frame_pieces(frame, [prompt, reply])
-    tokens, start = _tokenize_after(tokenizer, pieces[:3], pieces[3:4], frame)
-    return moved(tokens, -sum(len(piece.text) for piece in pieces[:3])), start
+    before, after = pieces[:3], pieces[3:4]
+    length = sum(len(piece.text) for piece in before)
+    token_ids, start = _encode_after(tokenizer, before, after, frame)
+    tokens = tokenize_spans(tokenizer, [*before, *after], frame.controls)
+    if [token.id for token in tokens] != token_ids:  # tokenised apart
+        first, second = (tokenize_spans(tokenizer, part, frame.controls) for part in (before, after))
+        tokens = first + moved(second, length)
+    return moved(tokens, -length), start
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -138,9 +143,9 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(token_id)
 
 
-def _tokenize_after(
+def _encode_after(
     tokenizer: PreTrainedTokenizerBase, before: list[Piece], after: list[Piece], frame: Frame
-) -> tuple[list[Token], int]:
+) -> tuple[list[int], int]:
     """Tokenise both, and return the tokens and how many of them are the first part's.
 
     Where a token would reach across the boundary (a response that begins with a line break), the two are tokenised
@@ -149,8 +154,7 @@ def _tokenize_after(
     first = tokenize(tokenizer, before, frame.controls)
     whole = tokenize(tokenizer, [*before, *after], frame.controls)
     if whole[: len(first)] != first:
-        length = sum(len(piece.text) for piece in before)
-        whole = first + moved(tokenize(tokenizer, after, frame.controls), length)
+        whole = first + tokenize(tokenizer, after, frame.controls)
     return whole, len(first)
 
 

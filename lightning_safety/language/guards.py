@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_safety.arguments import closest
-from lightning_safety.language.plain_text import Piece, Token, moved, tokenize
+from lightning_safety.language.plain_text import Piece, Token, moved, tokenize, tokenize_spans
 from lightning_safety.language.template import Frame, frame_of, frame_pieces
 
 if TYPE_CHECKING:
@@ -174,13 +174,6 @@ def read_convention(convention: GuardConvention | str | None, model_name: str) -
 def encode_judgement(
     tokenizer: PreTrainedTokenizerBase, convention: GuardConvention, prompt: str, response: str
 ) -> list[int]:
-    """Return the tokens of `tokenize_judgement` alone."""
-    return [token.id for token in tokenize_judgement(tokenizer, convention, prompt, response)]
-
-
-def tokenize_judgement(
-    tokenizer: PreTrainedTokenizerBase, convention: GuardConvention, prompt: str, response: str
-) -> list[Token]:
     """Tokenise the question whether a reply is harmful, up to the answer.
 
     Prompt and reply are data: a reply that holds the guard's control tokens, or an answer, forges neither.
@@ -192,16 +185,28 @@ def tokenize_judgement(
         response: What the assistant replied.
 
     Returns:
-        The tokens after which the guard answers. Their spans count from the beginning of the reply, as the template
-        trims it.
+        The tokens after which the guard answers.
 
     Raises:
         ValueError: The guard has no chat template where the convention needs one, or one that loses or changes text.
     """
     frame = guard_frame(tokenizer, convention)
+    return tokenize(tokenizer, _question(frame, convention, prompt, response), frame.controls)
+
+
+def tokenize_judgement(
+    tokenizer: PreTrainedTokenizerBase, convention: GuardConvention, prompt: str, response: str
+) -> list[Token]:
+    """Return the tokens of `encode_judgement` with their spans, counted from the reply's beginning, as trimmed."""
+    frame = guard_frame(tokenizer, convention)
+    pieces = _question(frame, convention, prompt, response)
+    return moved(tokenize_spans(tokenizer, pieces, frame.controls), -sum(len(piece.text) for piece in pieces[:3]))
+
+
+def _question(frame: Frame, convention: GuardConvention, prompt: str, response: str) -> list[Piece]:
     pieces = frame_pieces(frame, [prompt, response])
     pieces[-1] = Piece(pieces[-1].text + convention.prefix.rstrip(" "), from_template=True)
-    return moved(tokenize(tokenizer, pieces, frame.controls), -sum(len(piece.text) for piece in pieces[:3]))
+    return pieces
 
 
 def guard_frame(tokenizer: PreTrainedTokenizerBase, convention: GuardConvention) -> Frame:

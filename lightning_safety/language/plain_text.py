@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# verbose=False: how long a text may be is the caller's question.
+_OPTIONS = {"add_special_tokens": False, "verbose": False}
+
+
 class Piece(NamedTuple):
     """A piece of text; control tokens in it count only if the template wrote it."""
 
@@ -34,7 +38,7 @@ def moved(tokens: Sequence[Token], by: int) -> list[Token]:
     return [Token(token.id, token.start + by, token.end + by) for token in tokens]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], controls: re.Pattern[str]) -> list[Token]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], controls: re.Pattern[str]) -> list[int]:
     """Tokenise pieces as one text, in which only the template's control tokens are control tokens.
 
     Args:
@@ -46,6 +50,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], contro
         What the tokenizer makes of the whole, if there are no control tokens in the data. Else every stretch between
         two of the template's control tokens is tokenised by itself as plain text.
     """
+    whole = "".join(piece.text for piece in pieces)
+    if [match.span() for match in controls.finditer(whole)] == list(_genuine(pieces, controls)):
+        # Spans would more than double the time.
+        return list(tokenizer(whole, split_special_tokens=False, **_OPTIONS)["input_ids"])
+    return [token.id for token in tokenize_spans(tokenizer, pieces, controls)]
+
+
+def tokenize_spans(
+    tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], controls: re.Pattern[str]
+) -> list[Token]:
+    """Return the tokens of `tokenize` with the characters that they come from."""
     whole = "".join(piece.text for piece in pieces)
     genuine = list(_genuine(pieces, controls))
     if [match.span() for match in controls.finditer(whole)] == genuine:
@@ -76,8 +91,7 @@ def _genuine(pieces: Sequence[Piece], controls: re.Pattern[str]) -> Iterator[tup
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[Token]:
-    # verbose=False: how long a text may be is the caller's question.
-    options = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
+    options = {**_OPTIONS, "split_special_tokens": plain}
     if not tokenizer.is_fast:
         return [Token(token_id, 0, 0) for token_id in tokenizer(text, **options)["input_ids"]]
     encoded = tokenizer(text, return_offsets_mapping=True, **options)
