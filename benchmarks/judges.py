@@ -7,14 +7,14 @@ python benchmarks/judges.py
 from __future__ import annotations
 
 import json
-import statistics
-import time
+from functools import partial
 from pathlib import Path
+
+from side_by_side import compare
 
 from lightning_safety.monitoring.judges import BUILT_IN_JUDGES
 
 ROWS = Path(__file__).parents[1] / "refusal_classifier" / "test.jsonl"
-ROUNDS = 7
 
 
 def main() -> None:
@@ -22,18 +22,15 @@ def main() -> None:
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     prompts, responses = [row["prompt"] for row in rows], [row["response"] for row in rows]
     judges = [make() for make in BUILT_IN_JUDGES.values()]
-    times: dict[str, list[float]] = {judge.name: [] for judge in judges}
     for judge in judges:
         judge.score(prompts[:1], responses[:1])  # the first call reads the model file
-    for _ in range(ROUNDS):
-        for judge in judges:
-            start = time.perf_counter()
-            judge.score(prompts, responses)
-            times[judge.name].append(1000 * (time.perf_counter() - start) / len(rows))
-    print(f"{len(rows)} replies, {ROUNDS} rounds\n")
-    print("| judge | ms a reply, median | lowest | highest |\n|---|---|---|---|")
-    for name, found in times.items():
-        print(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} |")
+    print(f"{len(rows)} replies\n")
+    compare(
+        {judge.name: partial(judge.score, prompts, responses) for judge in judges},
+        rounds=7,
+        unit="ms a reply",
+        per_second=1000 / len(rows),
+    )
 
 
 if __name__ == "__main__":

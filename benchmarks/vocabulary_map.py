@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
-import time
+from functools import partial
 
+from side_by_side import compare
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -20,7 +20,6 @@ from lightning_safety.language import BUNDLED_MODEL, load_tokenizer
 from lightning_safety.language.vocabulary_map import vocabulary_map
 
 SIZE = 128_000
-ROUNDS = 5
 
 
 def enlarge(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerFast:
@@ -49,16 +48,15 @@ def main() -> None:
     """Time both in turns, and print medians and spread."""
     target = load_tokenizer(BUNDLED_MODEL)
     source = enlarge(target, SIZE)
-    times: dict[str, list[float]] = {"vocabulary_map": [], "token by token": []}
-    for _ in range(ROUNDS):
-        for name, build in (("vocabulary_map", vocabulary_map), ("token by token", map_token_by_token)):
-            start = time.perf_counter()
-            build(source, target)
-            times[name].append(time.perf_counter() - start)
-    print(f"{len(source):,} tokens onto {len(target):,}, {ROUNDS} rounds\n")
-    print("| | seconds, median | lowest | highest |\n|---|---|---|---|")
-    for name, found in times.items():
-        print(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} |")
+    print(f"{len(source):,} tokens onto {len(target):,}\n")
+    compare(
+        {
+            "vocabulary_map": partial(vocabulary_map, source, target),
+            "token by token": partial(map_token_by_token, source, target),
+        },
+        rounds=5,
+        unit="seconds",
+    )
 
 
 if __name__ == "__main__":

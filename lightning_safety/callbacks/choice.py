@@ -136,6 +136,9 @@ class _TwoPrompts(SafetyObjective):
     def __init__(self, objective: SafetyObjective) -> None:
         self._objective = objective
 
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._objective.prepare(model, tokenizer)
+
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:  # noqa: ARG002
         return self._objective.batches(tokenizer, batch_size=1)[:2]
 

@@ -84,8 +84,8 @@ class CompactTraining:
         ]
         _check_trainable(trained, optimizers)
         by_parameter = {id(tensor.parameter): tensor for tensor in trained}
-        unselected = [parameter for parameter in model.parameters() if id(parameter) not in by_parameter]
-        of_model = {id(parameter) for parameter in model.parameters()}
+        of_model = {id(parameter): parameter for parameter in model.parameters()}
+        unselected = [parameter for key, parameter in of_model.items() if key not in by_parameter]
         others = {id(p): p for optimizer in optimizers for p in _parameters(optimizer) if id(p) not in of_model}
         for optimizer in optimizers:
             _replace_parameters(optimizer, by_parameter)

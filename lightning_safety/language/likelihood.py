@@ -64,11 +64,11 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, posi
     """Return the logits [N, vocabulary] at the N positions where the mask [batch, length] is true."""
     first = int(positions.any(dim=0).int().argmax())
     prefix = compute_shared_prefix(model, input_ids, attention_mask, limit=first)
-    arguments = _forward_arguments(model, input_ids[:, prefix.length :], attention_mask)
+    arguments = forward_arguments(model, attention_mask) | {"input_ids": input_ids[:, prefix.length :]}
     if prefix.cache is not None:
         arguments |= {"past_key_values": prefix.cache, "use_cache": True}
         positions = positions[:, prefix.length :]
-    head = _output_head(model)
+    head = output_head(model)
     handle = None
     if head is not None:
         # Inside of the model's own forward, so that what it does after the head (soft caps, scaling) is kept.
@@ -89,14 +89,21 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, posi
     return logits.squeeze(0) if selected else logits[positions]
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return what turns hidden states into logits, or None where the model does not say."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return head if isinstance(head, nn.Module) else None
 
 
-def _forward_arguments(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+def forward_arguments(model: nn.Module, attention_mask: Tensor) -> dict[str, Any]:
+    """Return what a forward pass of a padded batch takes beside its tokens, as far as the model knows of it.
+
+    Args:
+        model: A causal language model.
+        attention_mask: 1 where a token is, and 0 on padding, on either side. [batch, length].
+    """
+    arguments: dict[str, Any] = {"attention_mask": attention_mask}
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:
         arguments["use_cache"] = False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_safety.language.alignment import align_tokens, find_run
 from lightning_safety.language.guard_model import GuardModel
 from lightning_safety.language.guards import tokenize_judgement
+from lightning_safety.language.likelihood import forward_arguments, output_head
 from lightning_safety.language.modes import evaluation_mode
 from lightning_safety.language.plain_text import Token
 from lightning_safety.language.vocabulary_map import same_vocabulary, vocabulary_map, vocabulary_size
@@ -81,11 +82,8 @@ def judge_replies(
 
 def answer_margins(guard: GuardModel, embedded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return scores and shares, both [batch], after questions given as input embeddings [batch, length, hidden]."""
-    accepted = inspect.signature(guard.model.forward).parameters
-    options: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
-    if "position_ids" in accepted:
-        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted:
+    options = forward_arguments(guard.model, mask)
+    if "logits_to_keep" in inspect.signature(guard.model.forward).parameters:
         # No row of [vocabulary] logits but the one that is read.
         options["logits_to_keep"] = 1
     output = guard.model(inputs_embeds=embedded, **options)
@@ -160,9 +158,7 @@ def input_embeddings(model: nn.Module) -> nn.Embedding:
 
 def predicted_tokens(model: nn.Module) -> int:
     """Return how many tokens a model chooses from."""
-    getter: Any = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    weight = getattr(head, "weight", None)
+    weight = getattr(output_head(model), "weight", None)
     return len(weight) if isinstance(weight, Tensor) else input_embeddings(model).num_embeddings
 
 

@@ -127,9 +127,12 @@ def test_mask_is_saved_at_fit_start(tmp_path: Path, tiny_tokenizer: PreTrainedTo
 def test_fast_dev_run_scores_two_prompts_and_writes_nothing(
     kind: type[SelectedWeightsCallback], tmp_path: Path, monkeypatch: Any, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    examples = []
+    prepared, examples = [], []
 
     class Counting(RefusalMargin):
+        def prepare(self, model: nn.Module, tokenizer: Any) -> None:
+            prepared.append(model)
+
         def loss(self, model: nn.Module, batch: Any) -> Tensor:
             examples.append(batch.examples)
             return super().loss(model, batch)
@@ -139,6 +142,7 @@ def test_fast_dev_run_scores_two_prompts_and_writes_nothing(
     module = OwnModule(make_tiny_model().train(), tokenizer=tiny_tokenizer)
     callback = kind(objective=Counting(), **files)
     fit(module, [callback], fast_dev_run=True)
+    assert prepared == [find_language_model(module)]
     assert examples == [1, 1]
     assert callback.mask is not None
     assert list(tmp_path.iterdir()) == []

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_safety.arguments import check_fraction, check_positive, closest
-from lightning_safety.data import length_buckets
-from lightning_safety.language import evaluation_mode, load_tokenizer
+from lightning_safety.language import load_tokenizer
 from lightning_safety.language.chat import encode_example
 from lightning_safety.language.load import load_sequence_classifier
 from lightning_safety.language.template import chat_frame
-from lightning_safety.monitoring.judges.protocol import Verdict, check_lengths
-from lightning_safety.monitoring.judges.refusal import why_unreadable
-from lightning_safety.progress import track
+from lightning_safety.monitoring.judges.batches import judge_in_batches
+from lightning_safety.monitoring.judges.protocol import Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,27 +121,17 @@ class ClassifierJudge:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict for each reply."""
-        check_lengths(prompts, responses)
-        verdicts = [Verdict(None, None, reason=why_unreadable(response) or "") for response in responses]
-        rows: dict[int, dict[str, list[int]]] = {}
-        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if verdicts[index].reason:
-                continue
-            row = self._encode(prompt, response)
-            length = len(row["input_ids"])
-            if self.max_length is not None and length > self.max_length:
-                verdicts[index] = Verdict(None, None, reason=f"{length} tokens are too long for the classifier")
-                continue
-            rows[index] = row
-        places = list(rows)
-        buckets = length_buckets([len(rows[place]["input_ids"]) for place in places], self.batch_size)
-        with evaluation_mode(self.model), torch.no_grad():
-            for bucket in track(buckets, "Asking the classifier"):
-                chosen = [places[position] for position in bucket]
-                probabilities = self._probabilities([rows[place] for place in chosen])
-                for place, row_probabilities in zip(chosen, probabilities, strict=True):
-                    verdicts[place] = self._read(row_probabilities)
-        return verdicts
+        return judge_in_batches(
+            self.model,
+            "classifier",
+            prompts,
+            responses,
+            encode=self._encode,
+            tokens=lambda row: len(row["input_ids"]),
+            judge=self._judge,
+            longest=self.max_length,
+            batch_size=self.batch_size,
+        )
 
     def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
         if self.form == "chat":
@@ -152,11 +140,10 @@ class ClassifierJudge:
         texts = (response,) if self.form == "reply" else (prompt, response)
         return dict(self.tokenizer(*texts, split_special_tokens=True, verbose=False))
 
-    def _probabilities(self, rows: Sequence[dict[str, list[int]]]) -> Tensor:
-        """Return the probability of each label. float64 [rows, labels]."""
+    def _judge(self, rows: Sequence[dict[str, list[int]]]) -> list[Verdict]:
         batch = self.tokenizer.pad({key: [row[key] for row in rows] for key in rows[0]}, return_tensors="pt")
         logits: Tensor = self.model(**batch.to(next(self.model.parameters()).device)).logits.double().cpu()
-        return logits.softmax(dim=-1) if self._exclusive else logits.sigmoid()
+        return [self._read(row) for row in (logits.softmax(dim=-1) if self._exclusive else logits.sigmoid())]
 
     def _read(self, probabilities: Tensor) -> Verdict:
         if not bool(probabilities.isfinite().all()):

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from lightning_safety.arguments import check_fraction, check_positive
-from lightning_safety.data import TokenizedExample, length_buckets, pad_batch
-from lightning_safety.language import evaluation_mode, pad_token_id, response_logits
+from lightning_safety.data import TokenizedExample, pad_batch
+from lightning_safety.language import pad_token_id, response_logits
 from lightning_safety.language.guard_model import GuardModel
 from lightning_safety.language.guards import GuardConvention, encode_judgement
-from lightning_safety.monitoring.judges.protocol import Verdict, check_lengths
-from lightning_safety.monitoring.judges.refusal import why_unreadable
-from lightning_safety.progress import track
+from lightning_safety.monitoring.judges.batches import judge_in_batches
+from lightning_safety.monitoring.judges.protocol import Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,30 +71,20 @@ class GuardModelJudge:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Return one verdict for each reply."""
-        check_lengths(prompts, responses)
-        verdicts = [Verdict(None, None, reason=why_unreadable(response) or "") for response in responses]
         guard = self.guard
-        rows = {}
-        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if verdicts[index].reason:
-                continue
-            tokens = encode_judgement(guard.tokenizer, guard.convention, prompt, response)
-            # Its answer is one token more.
-            if guard.max_length is not None and len(tokens) >= guard.max_length:
-                verdicts[index] = Verdict(None, None, reason=f"{len(tokens)} tokens are too long for the guard")
-                continue
-            rows[index] = tokens
-        places = list(rows)
-        buckets = length_buckets([len(rows[place]) for place in places], self.batch_size)
-        with evaluation_mode(guard.model), torch.no_grad():
-            for bucket in track(buckets, "Asking the guard"):
-                chosen = [places[position] for position in bucket]
-                for place, found in zip(chosen, self._ask([rows[place] for place in chosen]), strict=True):
-                    verdicts[place] = self._read(*found)
-        return verdicts
+        return judge_in_batches(
+            guard.model,
+            "guard",
+            prompts,
+            responses,
+            encode=partial(encode_judgement, guard.tokenizer, guard.convention),
+            tokens=len,
+            judge=self._judge,
+            longest=None if guard.max_length is None else guard.max_length - 1,  # its answer is one token more
+            batch_size=self.batch_size,
+        )
 
-    def _ask(self, questions: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
-        """Return, for each question, the probability of harm among the answers, and that of any answer."""
+    def _judge(self, questions: Sequence[Sequence[int]]) -> list[Verdict]:
         # The label stands for the answer: it says at which position the guard speaks.
         rows = [TokenizedExample([*tokens, tokens[-1]], [-100] * len(tokens) + [0]) for tokens in questions]
         batch = {
@@ -104,9 +93,10 @@ class GuardModelJudge:
         }
         logits, _, _ = response_logits(self.guard.model, batch)
         margins, shares = self.guard.answer_margin(logits.double())
-        return list(zip((-margins).sigmoid().tolist(), shares.tolist(), strict=True))
+        return [self._read(*found) for found in zip((-margins).sigmoid().tolist(), shares.tolist(), strict=True)]
 
     def _read(self, score: float, share: float) -> Verdict:
+        """Make a verdict of the probability of harm among the answers, and that of any answer."""
         # Not `share < …`: NaN is no answer either.
         if not share >= self.smallest_share:
             return Verdict(
