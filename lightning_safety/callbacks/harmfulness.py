@@ -161,7 +161,7 @@ Use split="monitor", or pass `allow_test=True`.
             if rate.warning:
                 rank_zero_warn(f"safety/{name} says little: {rate.warning}.")
         details = {"rates": {name: rate.to_dict() for name, rate in rates.items()}}
-        return Check(found.metrics, details, tuple(asdict(reply) for reply in found.replies))
+        return Check(found.metrics, details, tuple(asdict(reply) for reply in found.replies), outcomes=found.outcomes)
 
     def publish(self, trainer: pl.Trainer, check: Check) -> None:
         """Send the replies to loggers, if asked to."""

@@ -6,14 +6,15 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
 from lightning_safety.arguments import check_positive
+from lightning_safety.callbacks.figures import show_figures
 from lightning_safety.callbacks.log import (
     METRICS_FILE,
     Entry,
@@ -26,6 +27,9 @@ from lightning_safety.callbacks.log import (
 from lightning_safety.callbacks.strategies import check_strategy
 from lightning_safety.randomness import preserved_random_state
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
 class Check:
@@ -35,11 +39,31 @@ class Check:
         metrics: Values by name, without ``safety/``.
         details: What else the line in ``safety.jsonl`` holds, such as intervals.
         replies: What the model replied, for the private file and, if asked, for loggers.
+        outcomes: By metric, for those that are the rate of something among prompts: whether it happened, by prompt.
+            None: that could not be told.
+        figures: Pictures by name, without ``safety/``; drawn only where they are shown.
     """
 
     metrics: Mapping[str, float]
     details: Mapping[str, Any] = field(default_factory=dict)
     replies: tuple[Entry, ...] = ()
+    outcomes: Mapping[str, Mapping[str, bool | None]] = field(default_factory=dict)
+    figures: Mapping[str, Callable[[], Figure]] = field(default_factory=dict)
+
+
+class SafetyListener(ABC):
+    """A callback that hears of every check of every monitor, wherever it stands in the trainer's list."""
+
+    @abstractmethod
+    def on_safety_check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, check: Check) -> None:
+        """Hear of a check, after it was logged; on every process.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            stage: ``"fit"``, ``"validate"`` or ``"test"``.
+            check: What the monitor found. Its metrics' names are without ``safety/``.
+        """
 
 
 class SafetyMonitor(pl.Callback, ABC):
@@ -177,9 +201,15 @@ class SafetyMonitor(pl.Callback, ABC):
         metrics = {**check.metrics, "check_seconds": time.perf_counter() - started}
         self._metrics = {f"safety/{name}": value for name, value in metrics.items()}
         fill_callback_metrics(trainer, pl_module, self._metrics, hook_may_log=hook_may_log)
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._write_down(trainer, stage, check)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SafetyListener):
+                callback.on_safety_check(trainer, pl_module, stage, check)
+
+    def _write_down(self, trainer: pl.Trainer, stage: str, check: Check) -> None:
         log_to_loggers(trainer, self._metrics)
+        show_figures(trainer, check.figures)
         self.publish(trainer, check)
         if leaves_files(trainer):
             identity = {"monitor": type(self).__name__, "run": self._run, "stage": stage, "step": trainer.global_step}
