@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lightning_safety.arguments import check_positive
 from lightning_safety.callbacks.choice import Method, WeightChoice
 from lightning_safety.callbacks.log import leaves_files
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
-from lightning_safety.enforcement import CompactTraining, SafetyPatch, snapshot_entries
+from lightning_safety.enforcement import AveragedWeights, CompactTraining, SafetyPatch, snapshot_entries
 from lightning_safety.scoring import SafetyMask, SafetyObjective
 
 if TYPE_CHECKING:
@@ -52,6 +55,9 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         exclude: Leave out those whose names match one of these.
         save_mask: File to write the mask to at the start of the fit.
         show_progress: Whether a bar shows the scoring where it takes over two seconds.
+        average_last: The fit ends with the mean of the weights after each of its last so many optimizer steps. Give the
+            optimizer a learning rate that does not fall, and the trainer `max_steps`. Where a model stands between
+            refusing and answering changes from step to step, less so in the mean. None: no mean.
         patch: File to write the `SafetyPatch` to at the end of the fit: what turns the model from before the fit into
             the one after. The attribute ``patch`` is the patch itself.
 
@@ -79,17 +85,22 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         exclude: str | Sequence[str] | None = None,
         save_mask: os.PathLike[str] | str | None = None,
         show_progress: bool = True,
+        average_last: int | None = None,
         patch: os.PathLike[str] | str | None = None,
     ) -> None:
         choice = WeightChoice(fraction, objective, method, batch_size, seed, include, exclude, show_progress)
         super().__init__(choice, mask, tokenizer, language_model, save_mask)
+        self.average_last = None if average_last is None else check_positive(average_last, "average_last")
         self.patch_file = patch
         self._training: CompactTraining | None = None
+        self._handles: list[RemovableHandle] = []
+        self._last_step = 0
 
     def _begin(self) -> None:
         super()._begin()
         self._before: dict[str, Tensor] = {}
         self._patch: SafetyPatch | None = None
+        self._average: AveragedWeights | None = None
 
     @property
     def patch(self) -> SafetyPatch | None:
@@ -111,18 +122,46 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         restored = self._restored if self._resumes else None
         self._before = snapshot_entries(model, mask) if restored is None else restored["before"]
         self._training = CompactTraining(mask).attach(model, trainer.optimizers)
+        if self.average_last is not None:
+            if trainer.max_steps < 1:
+                raise ValueError(
+                    f"`average_last={self.average_last}` expected a trainer with `max_steps`, which says when the last"
+                    f" steps begin, but it is {trainer.max_steps}. Set it."
+                )
+            self._last_step = trainer.max_steps
+            # After those of the training itself, so that the weights are those after the step.
+            self._handles = [
+                optimizer.register_step_post_hook(partial(self._average_step, trainer))
+                for optimizer in trainer.optimizers
+            ]
         return self._training.bytes
+
+    def _average_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Take a step into the mean: inside of the step, so that whoever looks after the last one sees the mean."""
+        if self._average is None or self.average_last is None:
+            return
+        step = trainer.global_step + 1
+        if step > self._last_step - self.average_last:
+            self._average.add()
+        if step == self._last_step:
+            self._average.settle()
 
     def release(self) -> None:
         """Stop training; the model holds the trained values."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         if self._training is not None:
             self._training.release()
             self._training = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mask, the values before the fit, and the state of all random number generators."""
+        """Return the mask, the values before the fit, the mean so far, and the state of all random generators."""
         state = super().state_dict()
-        return {**state, "before": dict(self._before)} if state else state
+        if not state:
+            return state
+        average = {} if self._average is None else {"average": self._average.state_dict()}
+        return {**state, "before": dict(self._before), **average}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -144,8 +183,24 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the values from the model once more: a learning rate finder trains and puts the model back."""
         super().on_train_start(trainer, pl_module)
-        if self._training is not None:
-            self._training.refresh()
+        if self._training is None:
+            return
+        self._training.refresh()
+        if self.average_last is not None:
+            self._average = AveragedWeights(self._training)
+            restored = self._restored if self._resumes else None
+            if restored is not None and "average" in restored:
+                self._average.load_state_dict(restored["average"])
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Settle for the mean of fewer steps where the fit ended earlier than planned."""
+        if self._average is None or trainer.global_step >= self._last_step:
+            return
+        self._average.settle()
+        rank_zero_warn(
+            f"{type(self).__name__}: the fit ended after {trainer.global_step} of {self._last_step} steps, so"
+            f" {self._average.steps} are averaged instead of the last {self.average_last}."
+        )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Make the patch, and write it if a file was given."""

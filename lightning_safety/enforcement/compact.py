@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -114,6 +114,16 @@ class CompactTraining:
         """Take the values from the model again, after something else has changed it."""
         for tensor in self._trained:
             tensor.refresh()
+
+    def entries(self) -> dict[str, Tensor]:
+        """Return the selected entries by name, as the optimizers have them: 1-D, in the weights' dtypes."""
+        return {tensor.name: tensor.compact.detach()[: tensor.indices.numel()] for tensor in self._trained}
+
+    def write(self, entries: Mapping[str, Tensor]) -> None:
+        """Give the selected entries other values, in the model and in the optimizers. 1-D, by name."""
+        for tensor in self._trained:
+            scatter_entries(tensor.parameter, tensor.indices, entries[tensor.name].to(tensor.parameter.dtype))
+        self.refresh()
 
     def release(self) -> None:
         """Remove every hook; the model holds the trained values. Releasing twice does nothing.

@@ -172,3 +172,60 @@ def test_manual_optimization(clip: str | None, accumulate: int) -> None:
     fit(automatic, [SafetyEnhancementTuning(mask=mask)], accumulate_grad_batches=accumulate, **options)
     assert_same_bits(manual.model, automatic.model)
     assert_only_selected_moved(manual.model, weights_of(make_smallest_model()), mask)
+
+
+# The mean of the last steps -------------------------------------------------------------------------------------------
+
+
+class Weights(pl.Callback):
+    """The weights after every step; before the callback that averages or behind it."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self.seen.append(weights_of(pl_module.model))
+
+
+def fit_averaged(average_last: int | None, *, steps: int = 6, **options: Any) -> tuple[Any, Any, Weights, pl.Trainer]:
+    module, weights = OwnModule(make_smallest_model()), Weights()
+    callback = SafetyEnhancementTuning(mask=mask_of_everything(module.model), average_last=average_last)
+    options = {"max_steps": 6, **options}
+    trainer = fit(module, [weights, callback], steps=steps, **options)
+    return module, callback, weights, trainer
+
+
+def test_the_fit_ends_with_the_mean_of_the_last_steps() -> None:
+    _, _, plain, _ = fit_averaged(None)
+    module, callback, averaged, trainer = fit_averaged(3)
+    for before, after in zip(plain.seen[:-1], averaged.seen[:-1], strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    found = weights_of(module.model)
+    for name, last in found.items():
+        mean = torch.stack([seen[name] for seen in plain.seen[-3:]]).double().mean(dim=0)
+        assert torch.equal(last, mean.to(last.dtype))
+        assert torch.equal(averaged.seen[-1][name], last)  # whoever looks after the last step sees the mean
+    assert any(not torch.equal(plain.seen[-1][name], last) for name, last in found.items())
+    subject = make_smallest_model()
+    callback.patch.apply(subject)
+    assert_same_bits(subject, module.model)
+    trained = torch.cat([weight for group in trainer.optimizers[0].param_groups for weight in group["params"]])
+    assert all(bool((trained == value).any()) for value in callback.patch.after.popitem()[1][:5])
+
+
+def test_the_mean_of_one_step_is_that_step() -> None:
+    plain, averaged = fit_averaged(None)[0], fit_averaged(1)[0]
+    assert_same_bits(plain.model, averaged.model)
+
+
+def test_a_fit_that_ends_early_averages_what_there_is() -> None:
+    with pytest.warns(UserWarning, match="ended after 4 of 6 steps, so 1 are averaged instead of the last 3"):
+        early = fit_averaged(3, steps=4)[0]
+    assert_same_bits(early.model, fit_averaged(None, steps=4)[0].model)
+
+
+def test_a_mean_needs_to_know_the_last_step() -> None:
+    with pytest.raises(ValueError, match="`average_last=3` expected a trainer with `max_steps`"):
+        fit_averaged(3, max_steps=-1)
+    with pytest.raises(ValueError, match="`average_last` expected to be at least 1"):
+        SafetyEnhancementTuning(average_last=0)

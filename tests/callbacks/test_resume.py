@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,12 @@ from tests.training.fits import make_trainer
 from tests.training.test_kill import last_complete
 
 REPOSITORY = Path(__file__).parents[2]
-CALLBACKS = {"spa": SafetyPreservingAdaptation, "set": SafetyEnhancementTuning}
 STEPS = 40
+CALLBACKS = {
+    "spa": SafetyPreservingAdaptation,
+    "set": SafetyEnhancementTuning,
+    "averaged set": partial(SafetyEnhancementTuning, average_last=STEPS - 2),
+}
 
 
 def make_mask() -> SafetyMask:
@@ -61,8 +66,16 @@ def fit(
 
 
 @pytest.mark.filterwarnings("ignore:.*responses of.*are cut")
-@pytest.mark.parametrize("kind", ["spa", "set"])
-@pytest.mark.parametrize("given", [False, True], ids=["mask computed", "mask given"])
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        pytest.param("spa", False, id="spa, mask computed"),
+        pytest.param("spa", True, id="spa, mask given"),
+        pytest.param("set", False, id="set, mask computed"),
+        pytest.param("set", True, id="set, mask given"),
+        pytest.param("averaged set", True, id="averaged set"),
+    ],
+)
 def test_killed_and_resumed_is_uninterrupted(tmp_path, kind, given):
     whole, _ = fit(tmp_path / "whole", kind, given)
     folder = tmp_path / "killed"
