@@ -11,7 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_safety.callbacks import HarmfulnessMonitor, SafetyEnhancementTuning, SafetyPreservingAdaptation
+    from lightning_safety.callbacks import (
+        ActivationOverlapMonitor,
+        HarmfulnessMonitor,
+        SafetyBudget,
+        SafetyEnhancementTuning,
+        SafetyPreservingAdaptation,
+        SafetyReport,
+        SubspaceOverlapMonitor,
+    )
     from lightning_safety.data import Example, load_prompts
     from lightning_safety.enforcement import SafetyPatch
     from lightning_safety.language import (
@@ -37,7 +45,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "callbacks": ("HarmfulnessMonitor", "SafetyEnhancementTuning", "SafetyPreservingAdaptation"),
+    "callbacks": (
+        "ActivationOverlapMonitor",
+        "HarmfulnessMonitor",
+        "SafetyBudget",
+        "SafetyEnhancementTuning",
+        "SafetyPreservingAdaptation",
+        "SafetyReport",
+        "SubspaceOverlapMonitor",
+    ),
     "data": ("Example", "load_prompts"),
     "enforcement": ("SafetyPatch",),
     "language": ("find_language_model", "generate_replies", "load_causal_lm", "load_tokenizer"),

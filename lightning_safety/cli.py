@@ -23,7 +23,10 @@ TRAINING = ("fit", "validate", "test", "study")
 FUNCTIONS: dict[str, Callable[..., None]] = {
     "score": commands.score,
     "evaluate": commands.evaluate,
+    "report": commands.report,
     "export": commands.export,
+    "subspace": commands.subspace,
+    "project": commands.project,
     "judge agreement": commands.judge_agreement,
     "mask describe": commands.mask_describe,
     "patch apply": commands.patch_apply,
@@ -33,6 +36,8 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "recipes show": commands.recipes_show,
     "recipes cp": commands.recipes_cp,
 }
+# Several checkpoints in a row are easily mixed up: these are named.
+NAMED = ("subspace", "project")
 SUMMARIES = {
     "fit": "Train with PyTorch Lightning: LightningCLI with this package's module, data and callbacks.",
     "validate": "LightningCLI's validate.",
@@ -96,12 +101,13 @@ def _call(name: str, words: list[str]) -> None:
     parser = SuggestingParser(prog=f"lightning-safety {name}", description=SUMMARIES[name])
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     output = inspect.signature(function).parameters.get("output")
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={"output"} if output else None)
+    skip: set[str | int] | None = {"output"} if output else None
+    parser.add_function_arguments(function, as_group=False, as_positional=name not in NAMED, skip=skip)
     if output is not None:
         required = output.default is inspect.Parameter.empty
         default = None if required else output.default
         parser.add_argument("-o", "--output", type=str | None, required=required, default=default, help="Target.")
-    options = _options(parser, words)
+    options = _options(parser, _gathered(function, words))
     try:
         function(**options)
     except USER_ERRORS as error:
@@ -112,6 +118,25 @@ def _options(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
     options = parser.parse_args(words).as_dict()
     options.pop("config", None)
     return options
+
+
+def _gathered(function: Callable[..., None], words: list[str]) -> list[str]:
+    """Return the words so that several may follow an option that takes a list of texts: ``--compare A B``."""
+    parameters = inspect.signature(function).parameters.values()
+    lists = {f"--{parameter.name}" for parameter in parameters if "list[str]" in str(parameter.annotation)}
+    found: list[str] = []
+    option = ""
+    for word in words:
+        name, _, value = word.partition("=")
+        if word.startswith("-"):
+            option = name if name in lists else ""
+        if not option:
+            found.append(word)
+        elif word != option:
+            # A list in brackets is YAML; to a single text jsonargparse appends by a plus sign.
+            one = value if word.startswith("-") else word
+            found.append(f"{option}={one}" if one.startswith("[") else f"{option}+={one}")
+    return found
 
 
 def _run_recipe(words: list[str]) -> None:

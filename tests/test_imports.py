@@ -22,6 +22,7 @@ ARROWS = {
     "scoring": {"data", "language"},
     "enforcement": {"data", "language", "scoring"},
     "monitoring": {"data", "language", "scoring"},
+    "report": {"data", "language", "scoring", "monitoring"},
 }
 
 

@@ -3,8 +3,20 @@
 
 from __future__ import annotations
 
+from lightning_safety.callbacks.activations import ActivationOverlapMonitor
+from lightning_safety.callbacks.budget import SafetyBudget
 from lightning_safety.callbacks.enhancement import SafetyEnhancementTuning
 from lightning_safety.callbacks.harmfulness import HarmfulnessMonitor
 from lightning_safety.callbacks.preserving import SafetyPreservingAdaptation
+from lightning_safety.callbacks.report import SafetyReport
+from lightning_safety.callbacks.subspace import SubspaceOverlapMonitor
 
-__all__ = ["HarmfulnessMonitor", "SafetyEnhancementTuning", "SafetyPreservingAdaptation"]
+__all__ = [
+    "ActivationOverlapMonitor",
+    "HarmfulnessMonitor",
+    "SafetyBudget",
+    "SafetyEnhancementTuning",
+    "SafetyPreservingAdaptation",
+    "SafetyReport",
+    "SubspaceOverlapMonitor",
+]

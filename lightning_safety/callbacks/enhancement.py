@@ -202,6 +202,14 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             f" {self._average.steps} are averaged instead of the last {self.average_last}."
         )
 
+    def refresh(self) -> None:
+        """Take the weights from the model after something else has replaced them; a mean begins anew."""
+        if self._training is None:
+            return
+        self._training.refresh()
+        if self._average is not None:
+            self._average = AveragedWeights(self._training)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Make the patch, and write it if a file was given."""
         if self._training is None or self._model is None or self._mask is None:

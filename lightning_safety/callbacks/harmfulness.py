@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,20 +12,16 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_safety.arguments import check_positive
 from lightning_safety.callbacks.log import Entry, leaves_files
-from lightning_safety.callbacks.monitor import Check, SafetyMonitor
+from lightning_safety.callbacks.monitor import Check
+from lightning_safety.callbacks.prompt_monitor import PromptMonitor
 from lightning_safety.callbacks.replies import announce_reply_loggers, record_replies, send_replies
-from lightning_safety.data import Example
-from lightning_safety.language import find_language_model, find_tokenizer
-from lightning_safety.monitoring import Judge, JudgeFunction, PromptSource, as_judge, measure_harmfulness, read_prompts
+from lightning_safety.monitoring import Judge, JudgeFunction, PromptSource, as_judge, measure_harmfulness
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-_FAST_DEV_RUN_PROMPTS = 2
 
-
-class HarmfulnessMonitor(SafetyMonitor):
+class HarmfulnessMonitor(PromptMonitor):
     """Measures attack success, refusal and over-refusal during a fit, or once in ``validate`` and ``test``.
 
     At each check the model replies greedily to harmful and borderline prompts, and judges read the replies. A check
@@ -102,34 +97,27 @@ Use split="monitor", or pass `allow_test=True`.
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         language_model: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps, every_n_epochs, at_start, at_end)
-        self.sources: dict[str, PromptSource] = {"harmful": harmful, "borderline": borderline}
-        self.split = split
-        self.prompts = None if prompts is None else check_positive(prompts, "prompts")
+        super().__init__(
+            every_n_steps,
+            every_n_epochs,
+            at_start,
+            at_end,
+            sources={"harmful": harmful, "borderline": borderline},
+            split=split,
+            prompts=prompts,
+            batch_size=batch_size,
+            allow_test=allow_test,
+            tokenizer=tokenizer,
+            language_model=language_model,
+        )
         self.max_new_tokens = check_positive(max_new_tokens, "max_new_tokens")
-        self.batch_size = check_positive(batch_size, "batch_size")
         self.judges = _as_judges(judges)
         self.generate = generate
         self.log_replies = log_replies
-        self.tokenizer = tokenizer
-        self.language_model = language_model
-        self._examples: dict[str, list[Example]] = {}
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        splits = [source.get("split") for source in self.sources.values() if isinstance(source, Mapping)]
-        if "test" in [split, *splits] and not allow_test:
-            raise ValueError(
-                "`split` expected to be for use during training but got 'test', which is kept for evaluation. "
-                'Use split="monitor", or pass `allow_test=True`.'
-            )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Load the prompts, so that whatever is wrong with them stops the run before it begins."""
         super().setup(trainer, pl_module, stage)
-        self._tokenizer = None
-        limit = self.prompts if leaves_files(trainer) else _FAST_DEV_RUN_PROMPTS
-        self._examples = {
-            name: read_prompts(source, name, split=self.split, limit=limit)[1] for name, source in self.sources.items()
-        }
         if not self.generate and not any(example.response for example in self._examples["harmful"]):
             raise ValueError(
                 "`generate=False` expected harmful prompts with refusals as responses, which the refusal margin needs, "
@@ -137,10 +125,6 @@ Use split="monitor", or pass `allow_test=True`.
             )
         if self.log_replies and self.generate and leaves_files(trainer):
             announce_reply_loggers(trainer)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find model and tokenizer, so that a missing one stops the run before anything is trained."""
-        self._find(trainer, pl_module)
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check:
         """Let the model reply and the judges read."""
@@ -173,14 +157,6 @@ Use split="monitor", or pass `allow_test=True`.
         super().write(folder, check, identity, replacing)
         if check.replies:
             record_replies(folder, [{**identity, **reply} for reply in check.replies], replacing=replacing)
-
-    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        # The model each time, as a callback may replace it; the tokenizer, which may lie on disk, once.
-        model = find_language_model(pl_module, self.language_model)
-        if self._tokenizer is None:
-            datamodule = getattr(trainer, "datamodule", None)
-            self._tokenizer = find_tokenizer(self.tokenizer, module=pl_module, datamodule=datamodule, model=model)
-        return model, self._tokenizer
 
 
 def _as_judges(judges: list[Judge | JudgeFunction | str] | Judge | JudgeFunction | str | None) -> list[Judge]:

@@ -88,6 +88,11 @@ class SafetyMonitor(pl.Callback, ABC):
         self._metrics: dict[str, float] = {}
         self._begin_run()
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The values of the last check, by full name; empty before the first."""
+        return dict(self._metrics)
+
     @abstractmethod
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check:
         """Look at the model and leave it as it was."""

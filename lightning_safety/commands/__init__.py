@@ -9,7 +9,9 @@ from __future__ import annotations
 from lightning_safety.commands.judgements import evaluate, judge_agreement
 from lightning_safety.commands.models import export, patch_apply, patch_info, patch_revert
 from lightning_safety.commands.recipe_files import recipes_cp, recipes_ls, recipes_show
+from lightning_safety.commands.reports import report
 from lightning_safety.commands.scores import mask_describe, score
+from lightning_safety.commands.subspaces import project, subspace
 
 __all__ = [
     "evaluate",
@@ -19,8 +21,11 @@ __all__ = [
     "patch_apply",
     "patch_info",
     "patch_revert",
+    "project",
     "recipes_cp",
     "recipes_ls",
     "recipes_show",
+    "report",
     "score",
+    "subspace",
 ]

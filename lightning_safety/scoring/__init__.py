@@ -3,7 +3,7 @@
 
 from lightning_safety.scoring.describe import GroupShare, MaskDescription, describe_mask
 from lightning_safety.scoring.guard_judged import GuardJudgedSafety
-from lightning_safety.scoring.impact import expected_safety_impact
+from lightning_safety.scoring.impact import expected_safety_impact, mean_gradients
 from lightning_safety.scoring.mask import SafetyMask
 from lightning_safety.scoring.objective import (
     ObjectiveBatch,
@@ -25,6 +25,7 @@ __all__ = [
     "SafetyObjective",
     "describe_mask",
     "expected_safety_impact",
+    "mean_gradients",
     "number_to_select",
     "scored_weights",
     "select_bottom",

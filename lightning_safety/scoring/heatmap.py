@@ -5,24 +5,64 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_safety.files import replace_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lightning_safety.scoring.describe import MaskDescription
 
 _LIMIT = 3  # Colours end at a factor of 2³; a cell's number says the rest.
 
 
-def draw_heatmap(description: MaskDescription, path: str | os.PathLike[str]) -> None:
-    """Write a PNG whose colour is log₂ of the enrichment: red above what a random mask would hold, blue below.
+@dataclass(frozen=True)
+class HeatmapStyle:
+    """How a heatmap looks; the default is for paper.
 
-    Pairs of layer and component without weights stay blank. No global state of matplotlib is touched.
+    Attributes:
+        background: Colour behind everything.
+        text: Colour of labels.
+        colours: From the colour of too few weights over that of as many as at random to that of too many. Empty:
+            matplotlib's blue, white and red.
+        title: Whether the picture says what it shows; a page around it may.
+        cell: Width and height of a cell, in inches.
+        dpi: Pixels an inch.
+    """
+
+    background: str = "white"
+    text: str = "black"
+    colours: tuple[str, ...] = ()
+    title: bool = True
+    cell: tuple[float, float] = (0.75, 0.27)
+    dpi: int = 150
+
+
+def draw_heatmap(description: MaskDescription, path: str | os.PathLike[str]) -> None:
+    """Write the picture of `heatmap_figure` as a PNG.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: The file cannot be written. An older file stays as it was.
+    """
+    figure = heatmap_figure(description)
+    with replace_atomically(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def heatmap_figure(description: MaskDescription, style: HeatmapStyle | None = None) -> Figure:
+    """Draw a figure whose colour is log₂ of the enrichment: red above what a random mask would hold, blue below.
+
+    Pairs of layer and component without weights stay blank. No global state of matplotlib is touched.
+
+    Args:
+        description: Where the weights are.
+        style: How it looks. Default: dark on white.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,40 +72,66 @@ def draw_heatmap(description: MaskDescription, path: str | os.PathLike[str]) -> 
             "`heatmap` needs matplotlib, which is not installed."
             " Install it with `pip install 'lightning-safety[report]'`."
         ) from error
+    style = style or HeatmapStyle()
     layers = [row.group for row in description.layers]
     components = [row.group for row in description.components]
+    width, height = style.cell
     # Constrained layout keeps labels of any length inside of the figure.
-    figure = Figure(figsize=(2.8 + 0.75 * len(components), 1.9 + 0.27 * len(layers)), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(2.8 + width * len(components), 1.9 + height * len(layers)),
+        dpi=style.dpi,
+        layout="constrained",
+        facecolor=style.background,
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    image = _draw_cells(axes, description, layers, components)
+    axes.set_facecolor(style.background)
+    image = _draw_cells(axes, description, layers, components, style)
     axes.set_xticks(range(len(components)), components, fontsize=10)
     axes.set_yticks(range(len(layers)), layers, fontsize=9)
-    axes.set_xlabel("component")
-    axes.set_ylabel("layer")
-    axes.set_title("Where the selected weights are\n(1 = as many as at random)", fontsize=11)
+    axes.set_xlabel("component", color=style.text)
+    axes.set_ylabel("layer", color=style.text)
+    if style.title:
+        axes.set_title("Where the selected weights are\n(1 = as many as at random)", fontsize=11, color=style.text)
     ticks = range(-_LIMIT, _LIMIT + 1)
     bar = figure.colorbar(image, ax=axes, ticks=list(ticks), extend="both")
     bar.ax.set_yticklabels([_factor(tick) for tick in ticks])
-    bar.set_label("enrichment: share of selected ÷ share of scored")
-    with replace_atomically(path) as temporary:
-        figure.savefig(temporary, format="png")
+    # What enrichment is, a page around the picture says; in two lines it fits beside few layers.
+    meaning = "\nshare of selected ÷ share of scored" if style.title else ""
+    bar.set_label(f"enrichment{meaning}", color=style.text)
+    for part in (axes, bar.ax):
+        part.tick_params(colors=style.text)
+        for spine in part.spines.values():
+            spine.set_color(style.text)
+    for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        tick.set_parse_math(False)  # A dollar sign in a weight's name begins no formula.
+    return figure
 
 
-def _draw_cells(axes: Any, description: MaskDescription, layers: list[str], components: list[str]) -> Any:
+def _draw_cells(
+    axes: Any, description: MaskDescription, layers: list[str], components: list[str], style: HeatmapStyle
+) -> Any:
     """Draw one coloured, numbered cell for each pair that has weights. Returns the image."""
-    colours = [[math.nan] * len(components) for _ in layers]
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    colours = LinearSegmentedColormap.from_list("enrichment", style.colours) if style.colours else "RdBu_r"
+    exponents = [[math.nan] * len(components) for _ in layers]
     for row, layer in enumerate(layers):
         for column, component in enumerate(components):
             cell = description.cells.get((layer, component))
-            if cell is None or math.isnan(cell.enrichment):
-                continue
-            exponent = math.log2(cell.enrichment) if cell.enrichment else -math.inf
-            colours[row][column] = max(-_LIMIT, min(_LIMIT, exponent))
-            text = f"{cell.enrichment:.2g}" if cell.enrichment < 100 else f"{cell.enrichment:.0f}"
-            white = abs(colours[row][column]) > 0.7 * _LIMIT
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if white else "black")
-    return axes.imshow(colours, cmap="RdBu_r", vmin=-_LIMIT, vmax=_LIMIT, aspect="auto")
+            if cell is not None and not math.isnan(cell.enrichment):
+                exponent = math.log2(cell.enrichment) if cell.enrichment else -math.inf
+                exponents[row][column] = max(-_LIMIT, min(_LIMIT, exponent))
+    image = axes.imshow(exponents, cmap=colours, norm=Normalize(-_LIMIT, _LIMIT), aspect="auto")
+    for row, layer in enumerate(layers):
+        for column, component in enumerate(components):
+            if not math.isnan(exponents[row][column]):
+                enrichment = description.cells[layer, component].enrichment
+                text = f"{enrichment:.2g}" if enrichment < 100 else f"{enrichment:.0f}"
+                red, green, blue, _ = image.to_rgba(exponents[row][column])
+                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    return image
 
 
 def _factor(exponent: int) -> str:

@@ -82,14 +82,9 @@ def expected_safety_impact(
     """
     _check_choice("reduction", reduction, get_args(Reduction))
     _check_choice("scale", scale, get_args(Scale))
-    check_positive(batch_size, "batch_size")
     weights = scored_weights(model, include=include, exclude=exclude)
-    with preserved_random_state(), _scoring_state(model, weights):
-        objective.prepare(model, tokenizer)
-        batches = objective.batches(tokenizer, batch_size=1 if reduction == "absolute" else batch_size)
-        if not batches:
-            raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")
-        scores = _mean_gradients(model, objective, batches, weights, reduction == "absolute", show_progress)
+    absolute = reduction == "absolute"
+    scores = _objective_gradients(model, objective, tokenizer, weights, batch_size, absolute, show_progress)
     for name, weight in weights.items():
         scores[name].abs_()
         if scale == "std":
@@ -97,6 +92,45 @@ def expected_safety_impact(
         elif scale == "magnitude":
             scores[name].mul_(weight.detach().abs())
     return scores
+
+
+def mean_gradients(
+    model: nn.Module,
+    objective: SafetyObjective,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 8,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    show_progress: bool = True,
+) -> dict[str, Tensor]:
+    """Return the gradient of the objective's loss, the mean over examples, for every weight that can be scored.
+
+    Arguments, errors and what is left untouched are as for `expected_safety_impact`.
+
+    Returns:
+        By canonical name, float32, of the weight's shape and on its device.
+    """
+    weights = scored_weights(model, include=include, exclude=exclude)
+    return _objective_gradients(model, objective, tokenizer, weights, batch_size, False, show_progress)
+
+
+def _objective_gradients(
+    model: nn.Module,
+    objective: SafetyObjective,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, nn.Parameter],
+    batch_size: int,
+    absolute: bool,
+    show_progress: bool,
+) -> dict[str, Tensor]:
+    check_positive(batch_size, "batch_size")
+    with preserved_random_state(), _scoring_state(model, weights):
+        objective.prepare(model, tokenizer)
+        batches = objective.batches(tokenizer, batch_size=1 if absolute else batch_size)
+        if not batches:
+            raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")
+        return _mean_gradients(model, objective, batches, weights, absolute, show_progress)
 
 
 def _mean_gradients(

@@ -24,6 +24,7 @@ def test_the_recipes_are_these():
     assert recipe_names() == [
         "instruction_tuning_baseline",
         "instruction_tuning_spa",
+        "instruction_tuning_watched",
         "quickstart",
         "set_full",
         "train_guard",

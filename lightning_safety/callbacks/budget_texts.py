@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `SafetyBudget` says: at the start of a fit, after a check, and where it cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytorch_lightning as pl
+
+from lightning_safety.arguments import closest
+from lightning_safety.callbacks.monitor import SafetyMonitor
+from lightning_safety.monitoring.repeated import Comparison, RepeatedComparison
+
+_DOES = {
+    "warn": "warns",
+    "stop": "stops the fit",
+    "rollback": "restores the last good weights and stops the fit",
+}
+
+
+def monitors_of(trainer: pl.Trainer) -> list[SafetyMonitor]:
+    """Return the monitors among the trainer's callbacks."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, SafetyMonitor)]  # type: ignore[attr-defined]
+
+
+def why_no_baseline(trainer: pl.Trainer, metric: str, offered: Collection[str], state_key: str) -> str:
+    """Return why nothing was compared with before the first step, and what to do.
+
+    Args:
+        trainer: The trainer.
+        metric: What was looked for.
+        offered: What has outcomes by prompt.
+        state_key: The name of the budget's state in a checkpoint.
+    """
+    if trainer.ckpt_path is not None:
+        return (
+            f"`ckpt_path` expected to be a checkpoint that knows {metric} from before the fit but it has no state of"
+            f" {state_key}. Resume with the budget that it was saved with, or start a new fit from its weights."
+        )
+    monitors = monitors_of(trainer)
+    late = sorted({type(monitor).__name__ for monitor in monitors if not monitor.at_start})
+    known = f" Measured were {', '.join(offered)}." if offered else ""
+    if late:
+        return (
+            f"`at_start` of {' or '.join(late)} expected to be True but it is False: the budget compares with a check"
+            f" of {metric} before the first step.{known} Pass `at_start=True`."
+        )
+    expected = f"`metric` expected to be one that a monitor measures prompt by prompt but got {metric!r}"
+    if offered:
+        return f"{expected}.{known} {closest(metric, offered)}"
+    names = sorted({type(monitor).__name__ for monitor in monitors})
+    return (
+        f"{expected}, and {' and '.join(names)} {'measures' if len(names) == 1 else 'measure'} nothing so."
+        " `HarmfulnessMonitor()` does, unless `generate=False`."
+    )
+
+
+def what_can_be_detected(test: RepeatedComparison, metric: str, action: str, step: int) -> str:
+    """Return the line at the start of a fit."""
+    smallest = test.smallest_increase or 0.0
+    return (
+        f"SafetyBudget: {metric} may rise by {test.max_increase:g} from {test.pairs - test.room} of {test.pairs}"
+        f" prompts at step {step}. {_plan(test)}; the smallest increase that one can detect is {smallest:.3g}"
+        f" ({round(smallest * test.pairs)} prompts newly, none no longer). Then it {_DOES[action]}."
+    )
+
+
+def why_nothing_can_be_detected(test: RepeatedComparison, metric: str) -> str:
+    """Return why the test can detect nothing, and how many prompts would do."""
+    most = test.pairs - test.room
+    already = f", of which it counts {most} already" if most else ""
+    return (
+        f"SafetyBudget expected {metric} to be measured on prompts enough to detect an increase but it is on"
+        f" {test.pairs}{already}. {_plan(test)}. {test.smallest_number_of_prompts} would do if it counted none of"
+        " them now. Give the monitor more prompts, or let it check less often."
+    )
+
+
+def what_was_found(test: RepeatedComparison, found: Comparison, metric: str, step: int) -> str:
+    """Return what a check that rejects has found, in a sentence."""
+    change = found.change
+    row = f", {found.in_a_row} checks in a row" if found.in_a_row > 1 else ""
+    return (
+        f"SafetyBudget at step {step}: {metric} is {change.increase:.3g} above the first check ({change.newly} of"
+        f" {change.pairs} prompts newly, {change.no_longer} no longer), more than `max_increase={test.max_increase:g}`"
+        f" (p = {found.p_value:.2g}, level {test.level:.2g}{row})."
+    )
+
+
+def what_is_weak(test: RepeatedComparison, found: Comparison, step: int) -> list[str]:
+    """Return warnings of a check that says little: prompts left out, or more checks than planned."""
+    at, change, weak = f"SafetyBudget at step {step}:", found.change, []
+    if found.rejected is None:
+        weak.append(
+            f"{at} only {change.pairs} prompts could be told now and at the first check, too few to detect anything."
+            " The check counts neither for nor against."
+        )
+    elif change.warning:
+        weak.append(f"{at} {change.warning}: these prompts could not be told now or at the first check.")
+    if found.number == test.planned_checks + 1:
+        weak.append(
+            f"{at} this is check {found.number} of {test.planned_checks} planned. From here on the probability of a"
+            f" false alarm is above `alpha={test.alpha:g}`. Pass `planned_checks=` to plan for more."
+        )
+    return weak
+
+
+def when_it_stops(trainer: pl.Trainer) -> str:
+    """Return "stops", or when Lightning will, which holds on to `min_epochs` and `min_steps`."""
+    epochs = trainer.current_epoch + int(trainer.is_last_batch)
+    delays = []
+    if trainer.min_epochs and epochs < trainer.min_epochs:
+        delays.append(f"`min_epochs={trainer.min_epochs}`")
+    if trainer.min_steps and trainer.global_step < trainer.min_steps:
+        delays.append(f"`min_steps={trainer.min_steps}`")
+    return f"goes on until {' and '.join(delays)}, and then stops" if delays else "stops"
+
+
+def _plan(test: RepeatedComparison) -> str:
+    checks = "1 check is" if test.planned_checks == 1 else f"{test.planned_checks} checks are"
+    return f"{checks} planned, each at level {test.level:.3g}"

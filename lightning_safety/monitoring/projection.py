@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint whose fine-tuning update was projected into the alignment update's subspace, or out of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_safety.arguments import check_fraction, closest
+from lightning_safety.language.weight_files import WeightFiles, common_shapes
+from lightning_safety.monitoring.subspace import (
+    LeftBasis,
+    as_matrices,
+    check_matrix,
+    left_basis,
+    project_update,
+    random_basis,
+    random_directions,
+)
+from lightning_safety.progress import track
+
+Kind = Literal["parallel", "orthogonal", "opposite"]
+Directions = Literal["top", "random", "random_own"]
+_COPIED = (".json", ".jinja", ".model", ".txt")
+
+
+def project_checkpoint(
+    base: str | os.PathLike[str],
+    aligned: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    kind: Kind = "orthogonal",
+    fraction: float = 0.5,
+    directions: Directions = "top",
+    seed: int = 0,
+    show_progress: bool = True,
+) -> float:
+    """Write aligned + projected (finetuned − aligned), section 3 of arXiv 2505.14185.
+
+    In each weight matrix the update U = finetuned − aligned is projected by P, the projector on k = `fraction` ·
+    min(rows, columns) left singular directions of V = aligned − base. Vectors count as one column, fused experts are
+    projected one by one. The folder has the files of `aligned` and its types, and appears whole or not at all. One file
+    of weights is in memory at a time.
+
+    Args:
+        base: The checkpoint before alignment: a folder, a ``.safetensors`` file or a hub id.
+        aligned: The aligned checkpoint.
+        finetuned: The checkpoint that was fine-tuned from it.
+        output: A new or an empty folder.
+        kind: ``"parallel"``: aligned + P U; ``"orthogonal"``: aligned + U − P U; ``"opposite"``: aligned − P U.
+        fraction: Of the directions, in (0, 1].
+        directions: ``"top"``: V's leading ones. Controls: ``"random"``: those of a random matrix; ``"random_own"``:
+            some of V's own, drawn at random.
+        seed: Of the controls.
+        show_progress: Whether to show a bar.
+
+    Returns:
+        The share of the update's energy that was kept, Σ‖new − aligned‖² / Σ‖U‖², before rounding to the weights' type;
+        NaN where finetuned and aligned are the same.
+
+    Raises:
+        FileExistsError: `output` is a file or holds something.
+        FileNotFoundError: There is no such checkpoint, or it lacks a file.
+        ValueError: The checkpoints are of different architectures, an argument is out of range, or a weight is not
+            finite.
+    """
+    fraction = check_fraction(fraction)
+    for name, value, choices in (("kind", kind, get_args(Kind)), ("directions", directions, get_args(Directions))):
+        if value not in choices:
+            raise ValueError(
+                f"`{name}` expected to be one of {', '.join(choices)} but got {value!r}. {closest(value, choices)}"
+            )
+    files = [WeightFiles(source) for source in (base, aligned, finetuned)]
+    shapes = common_shapes(files)
+    target = Path(output)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(
+            f"`output` expected to be a new or empty folder but {str(target)!r} is not. Name another."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
+    energies = {"all": 0.0, "kept": 0.0}
+    try:
+        _copy_settings(files[1], temporary)
+        bar = iter(track(range(len(shapes)), "Projecting weights", enabled=show_progress))
+        for file in files[1].files():
+            weights = {}
+            for name in files[1].names_in(file):
+                weights[name] = files[1].read(name)
+                if name in shapes:
+                    number = next(bar)
+                    old, start, end = (one.read(name) for one in files)
+                    weights[name] = _projected(
+                        name, (old, start, end), kind, fraction, directions, seed + 100_003 * number, energies
+                    )
+            _save(weights, temporary / file.name)
+        target.mkdir(exist_ok=True)
+        temporary.chmod(target.stat().st_mode)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return energies["kept"] / energies["all"] if energies["all"] else float("nan")
+
+
+def _projected(
+    name: str,
+    weights: tuple[Tensor, Tensor, Tensor],
+    kind: Kind,
+    fraction: float,
+    directions: Directions,
+    seed: int,
+    energies: dict[str, float],
+) -> Tensor:
+    """Return the new weight, and add its energies to the sums."""
+    base, aligned, finetuned = (weight.double() for weight in weights)
+    references, updates = as_matrices(name, aligned - base), as_matrices(name, finetuned - aligned)
+    parts = []
+    for number, (label, update) in enumerate(updates.items()):
+        check_matrix(update, label)
+        rank = max(1, round(fraction * min(update.shape)))
+        basis = _basis(references[label], rank, directions, seed + number)
+        parts.append(project_update(update, basis, kind))
+        energies["all"] += float(update.square().sum())
+        energies["kept"] += float(parts[-1].square().sum())
+    whole = torch.stack(parts) if aligned.dim() == 3 else parts[0]
+    return (aligned + whole.reshape(aligned.shape)).to(weights[1].dtype)
+
+
+def _basis(reference: Tensor, rank: int, directions: Directions, seed: int) -> LeftBasis:
+    if directions == "random":
+        return random_basis(len(reference), rank, seed=seed)
+    if directions == "random_own":
+        return random_directions(reference, rank, seed=seed)
+    return left_basis(reference, rank=rank)
+
+
+def _copy_settings(files: WeightFiles, folder: Path) -> None:
+    """Copy configuration and tokenizer, and the index where there is one."""
+    for path in files.folder.iterdir():
+        if path.is_file() and path.suffix in _COPIED:
+            shutil.copy(path, folder / path.name)
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(weights, path, metadata={"format": "pt"})
