@@ -7,15 +7,19 @@ from lightning_safety.callbacks.activations import ActivationOverlapMonitor
 from lightning_safety.callbacks.budget import SafetyBudget
 from lightning_safety.callbacks.enhancement import SafetyEnhancementTuning
 from lightning_safety.callbacks.harmfulness import HarmfulnessMonitor
+from lightning_safety.callbacks.monitor import Check, SafetyListener, SafetyMonitor
 from lightning_safety.callbacks.preserving import SafetyPreservingAdaptation
 from lightning_safety.callbacks.report import SafetyReport
 from lightning_safety.callbacks.subspace import SubspaceOverlapMonitor
 
 __all__ = [
     "ActivationOverlapMonitor",
+    "Check",
     "HarmfulnessMonitor",
     "SafetyBudget",
     "SafetyEnhancementTuning",
+    "SafetyListener",
+    "SafetyMonitor",
     "SafetyPreservingAdaptation",
     "SafetyReport",
     "SubspaceOverlapMonitor",

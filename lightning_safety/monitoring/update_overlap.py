@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_safety.monitoring.cores import map_over_cores
 from lightning_safety.monitoring.subspace import as_matrices, check_matrix
 from lightning_safety.monitoring.subspace_file import SubspaceFile
 from lightning_safety.monitoring.updates import UpdateComparison, compare_to_bases
@@ -86,10 +87,12 @@ def measure_update(
     Raises:
         ValueError: A weight is not finite.
     """
-    found = []
-    for name, weight in weights:
+
+    def compare(item: tuple[str, Tensor]) -> list[MatrixOverlap]:
+        name, weight = item
         # In float32 at least: in a narrower type the difference would lose what small steps change.
         update = weight.detach().float() - file.start(name).to(weight.device).float()
+        found = []
         for label, matrix in as_matrices(name, update).items():
             check_matrix(matrix, label)
             found.append(
@@ -101,7 +104,9 @@ def measure_update(
                     compare_to_bases(matrix, file.bases(list(kinds), label), energy),
                 )
             )
-    return UpdateOverlap(tuple(kinds), tuple(found))
+        return found
+
+    return UpdateOverlap(tuple(kinds), tuple(one for found in map_over_cores(compare, weights) for one in found))
 
 
 def draw_update_overlap(found: UpdateOverlap) -> Figure:

@@ -149,8 +149,9 @@ def compare_updates(
             inner += float((first * second).sum())
         else:
             mixed.addmm_(second.T, first)
-    update_spectrum = spectrum_of_gram(gram_update, shape, dtype)
-    reference_spectrum = spectrum_of_gram(gram_reference, shape, dtype)
+    update_spectrum, reference_spectrum = (
+        spectrum_of_gram(gram, shape, dtype) for gram in (gram_update, gram_reference)
+    )
     if wide:
         directions = reference_spectrum.directions
         cosines = directions.T @ update_spectrum.directions
