@@ -18,6 +18,7 @@ from lightning_safety.monitoring.judges.rubric import (
     grading_messages,
     read_grade,
 )
+from lightning_safety.progress import track
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -98,7 +99,9 @@ class RubricJudge:
             ) as client,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
-            verdicts = list(pool.map(lambda pair: self._judge(client, *pair), zip(prompts, responses, strict=True)))
+            pairs = list(zip(prompts, responses, strict=True))
+            answers = pool.map(lambda pair: self._judge(client, *pair), pairs)
+            verdicts = list(track(answers, "Asking the endpoint", total=len(pairs)))
         if all(verdict.reason == _UNREACHABLE for verdict in verdicts):
             raise ConnectionError(
                 f"`base_url` expected an endpoint at {self.base_url!r} but it cannot be reached. Check the "
