@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
+"""Writing files and folders so that a kill at any moment leaves the old or the new, never half of it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,38 @@ def replace_atomically(path: str | os.PathLike[str], *, mode: int | None = None)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def make_folder_atomically(path: str | os.PathLike[str], argument: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it becomes `path`, on failure it is removed.
+
+    Args:
+        path: A new or an empty folder. Missing parent folders are made.
+        argument: What the caller's argument is called, for the message.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        FileExistsError: `path` is a file or holds something.
+        OSError: The folder cannot be written.
+    """
+    target = Path(path)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(
+            f"`{argument}` expected to be a new or empty folder but {str(target)!r} is not. Name another."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
+    try:
+        yield temporary
+        # mkdtemp makes it the owner's alone; a folder made by `mkdir` is what the user expects.
+        target.mkdir(exist_ok=True)
+        temporary.chmod(target.stat().st_mode)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _permissions() -> int:

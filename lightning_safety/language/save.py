@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning_safety.files import make_folder_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,20 +32,7 @@ def save_language_model(
         FileExistsError: `folder` is a file or holds something.
         OSError: It cannot be written.
     """
-    target = Path(folder)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise FileExistsError(
-            f"`folder` expected to be a new or empty folder but {str(target)!r} is not. Name another."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
-    try:
+    with make_folder_atomically(folder, "folder") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        # mkdtemp makes it the owner's alone; a folder made by `mkdir` is what the user expects.
-        target.mkdir(exist_ok=True)
-        temporary.chmod(target.stat().st_mode)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    return Path(folder)

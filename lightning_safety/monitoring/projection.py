@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_safety.arguments import check_fraction, closest
+from lightning_safety.files import make_folder_atomically
 from lightning_safety.language.weight_files import WeightFiles, common_shapes
 from lightning_safety.monitoring.subspace import (
     LeftBasis,
@@ -79,16 +79,9 @@ def project_checkpoint(
             )
     files = [WeightFiles(source) for source in (base, aligned, finetuned)]
     shapes = common_shapes(files)
-    target = Path(output)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise FileExistsError(
-            f"`output` expected to be a new or empty folder but {str(target)!r} is not. Name another."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
     energies = {"all": 0.0, "kept": 0.0}
-    try:
-        _copy_settings(files[1], temporary)
+    with make_folder_atomically(output, "output") as folder:
+        _copy_settings(files[1], folder)
         bar = iter(track(range(len(shapes)), "Projecting weights", enabled=show_progress))
         for file in files[1].files():
             weights = {}
@@ -100,12 +93,7 @@ def project_checkpoint(
                     weights[name] = _projected(
                         name, (old, start, end), kind, fraction, directions, seed + 100_003 * number, energies
                     )
-            _save(weights, temporary / file.name)
-        target.mkdir(exist_ok=True)
-        temporary.chmod(target.stat().st_mode)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _save(weights, folder / file.name)
     return energies["kept"] / energies["all"] if energies["all"] else float("nan")
 
 
