@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_safety.arguments import check_fraction
@@ -23,6 +25,7 @@ from lightning_safety.monitoring import (
     draw_activation_overlap,
     last_token_activations,
 )
+from lightning_safety.monitoring.activation_comparison import mean_of_defined
 from lightning_safety.randomness import preserved_random_state
 
 if TYPE_CHECKING:
@@ -30,15 +33,11 @@ if TYPE_CHECKING:
 
     from lightning_safety.monitoring import LayerComparison
 
+# Each with what stands beside it, which is a mean over the same layers.
 _METRICS = {
-    "activation_overlap": "overlap",
-    "activation_overlap_random": "overlap_random",
-    "activation_overlap_shuffled": "overlap_shuffled",
-    "activation_overlap_centred": "overlap_centred",
-    "activation_overlap_centred_random": "overlap_centred_random",
-    "activation_overlap_centred_shuffled": "overlap_centred_shuffled",
-    "activation_separability": "separability",
-    "activation_separability_chance": "separability_chance",
+    "overlap": ("overlap_random", "overlap_shuffled"),
+    "overlap_centred": ("overlap_centred_random", "overlap_centred_shuffled"),
+    "separability": ("separability_chance",),
 }
 
 
@@ -47,7 +46,8 @@ class ActivationOverlapMonitor(PromptMonitor):
 
     Read is the residual stream at the last token of each prompt in the chat template, where the model begins to answer.
     A check takes one forward pass of the prompts, without logits, and changes nothing: weights after a fit are the same
-    bits with the monitor and without. Logged are, all under ``safety/`` and as means over layers:
+    bits with the monitor and without. Logged are, all under ``safety/`` and as means over layers
+    (where one is undefined, as at the embeddings where all prompts end with the same token, over the others):
 
     - ``activation_overlap``: mode subspace overlap of the two sets (arXiv 2505.14185). As in the paper the sets' means
       are in it; where these are large, as they mostly are, it compares little else;
@@ -57,7 +57,8 @@ class ActivationOverlapMonitor(PromptMonitor):
     - each with ``_random`` behind it: what independent random subspaces of the same ranks overlap. Sets drawn from one
       source lie far above that too, as activations favour few directions;
     - ``refusal_direction_cosine``: of the difference of means, harmful − harmless, now and at the start. 1: unturned.
-      The start is that of the fit, also of a resumed one; without a fit before it, ``validate`` leaves this out;
+      The start is that of the fit, also of a resumed one; a fit resumed from a checkpoint without this monitor's state,
+      and ``validate`` without a fit before it, leave this out;
     - ``activation_separability``: cross-validated share of prompts that a linear classifier tells apart, beside
       ``activation_separability_chance``, the larger set's share. With 80 prompts, differences of less than about 0.1
       say little;
@@ -83,7 +84,7 @@ class ActivationOverlapMonitor(PromptMonitor):
         tokenizer: The tokenizer or its path. Default: the module's or the data module's, or the one that lies beside
             the model's weights on disk.
         language_model: The dotted name of the language model in the module, where there are several.
-        figures: Whether to draw the figure, which takes matplotlib.
+        figures: Whether to draw the figure. None: where matplotlib is installed.
 
     Raises:
         ModuleNotFoundError: `figures` and matplotlib is not installed.
@@ -116,7 +117,7 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
         allow_test: bool = False,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         language_model: str | None = None,
-        figures: bool = True,
+        figures: bool | None = None,
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -141,6 +142,7 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
     def _begin_run(self) -> None:
         super()._begin_run()
         self._start: dict[int, Tensor] | None = None
+        self._start_is_lost = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state and the refusal directions at the start, by layer."""
@@ -157,7 +159,8 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
         for name, examples in self._examples.items():
             if len(examples) < 2:
                 raise ValueError(f"`{name}` expected to hold at least 2 prompts but got 1: it has no spread.")
-        if self.figures and importlib.util.find_spec("matplotlib") is None:
+        self._draws = bool(self.figures is not False and importlib.util.find_spec("matplotlib"))
+        if self.figures and not self._draws:
             raise ModuleNotFoundError(
                 "`figures` needs matplotlib, which is not installed. Install it with "
                 "`pip install 'lightning-safety[report]'`, or pass `figures=False`."
@@ -165,8 +168,16 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check before the first step, or else take the directions of the start in silence."""
+        # A checkpoint of later steps has trained weights, whether it lacks our state or has one that lacks the start.
+        self._start_is_lost = self._start is None and trainer.ckpt_path is not None and trainer.global_step > 0
+        if self._start_is_lost:
+            rank_zero_warn(
+                f"{type(self).__name__} leaves `safety/refusal_direction_cosine` out of this fit: the checkpoint has no"
+                f" directions from before its first step, and its weights, of step {trainer.global_step}, are trained"
+                " already. Resume from a checkpoint that was saved with this monitor to have it."
+            )
         super().on_train_start(trainer, pl_module)
-        if self._start is None:
+        if self._start is None and not self._start_is_lost:
             with preserved_random_state():
                 self.measure(trainer, pl_module)
 
@@ -183,25 +194,27 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
             energy=self.energy,
         )
         directions = {layer: comparison.direction for layer, comparison in compared.items()}
-        if self._start is None and trainer.state.fn == "fit":
+        if self._start is None and trainer.state.fn == "fit" and not self._start_is_lost:
             self._start = directions
         cosines = {} if self._start is None else direction_cosines(self._start, directions)
-        metrics = {
-            name: _mean({layer: getattr(comparison, attribute) for layer, comparison in compared.items()})
-            for name, attribute in _METRICS.items()
-        }
+        metrics = _means(compared)
         if cosines:
-            metrics["refusal_direction_cosine"] = _mean(cosines)
+            metrics["refusal_direction_cosine"] = mean_of_defined(cosines.values())
         details = {
             "prompts": {"harmful": count, "harmless": len(prompts) - count},
             "layers": _by_layer(compared, cosines),
         }
-        figures = {"activation_overlap": partial(draw_activation_overlap, compared)} if self.figures else {}
+        figures = {"activation_overlap": partial(draw_activation_overlap, compared)} if self._draws else {}
         return Check(metrics, details, figures=figures)
 
 
-def _mean(values: Mapping[int, float]) -> float:
-    return sum(values.values()) / len(values)
+def _means(compared: Mapping[int, LayerComparison]) -> dict[str, float]:
+    means = {}
+    for name, controls in _METRICS.items():
+        layers = [layer for layer in compared.values() if not math.isnan(getattr(layer, name))]
+        for one in (name, *controls):
+            means[f"activation_{one}"] = mean_of_defined(getattr(layer, one) for layer in layers)
+    return means
 
 
 def _by_layer(compared: Mapping[int, LayerComparison], cosines: Mapping[int, float]) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from lightning_safety.arguments import check_positive, closest
 from lightning_safety.callbacks.budget_texts import (
     monitors_of,
+    what_bars_a_budget,
     what_can_be_detected,
     what_is_weak,
     what_was_found,
@@ -45,10 +46,12 @@ class SafetyBudget(pl.Callback, SafetyListener):
 
     ``"rollback"`` keeps the weights of the last check that did not reject (the start of the fit included) in
     ``safety_last_good.safetensors`` in the run folder, and puts them back bit for bit: all parameters and persistent
-    buffers of the module. The optimizer's state stays, and what is logged stays what was measured. Checkpoints saved
-    afterwards hold the restored weights. The run folder takes up to twice the size of the weights, since those that the
-    last checkpoint names are kept for a resumed fit, which goes on with the same baseline and plan. ``fast_dev_run``
-    keeps them in memory.
+    buffers of the module. Not kept are those of a check that leaves out more than 10 % of the prompts, as these could
+    not be told. The optimizer's state stays. Weights are put back once all monitors have looked at the step, so that
+    what is logged is of the weights that the step made; checkpoints saved from then on, and monitors that look only
+    when the fit has stopped, have the restored weights. The run folder takes up to twice the size of the weights, since
+    those that the last checkpoint names are kept for a resumed fit, which goes on with the same baseline and plan.
+    ``fast_dev_run`` keeps them in memory.
 
     Args:
         metric: A rate of prompts that should not rise, with or without ``safety/``: ``attack_success_rate``,
@@ -102,6 +105,8 @@ class SafetyBudget(pl.Callback, SafetyListener):
         self._last_good = LastGoodWeights()
         self._last_step: int | None = None
         self._offered: list[str] = []
+        # Why to stop, from the check that says so until all monitors have looked.
+        self._reason: str | None = None
 
     @property
     def state_key(self) -> str:
@@ -120,6 +125,7 @@ class SafetyBudget(pl.Callback, SafetyListener):
             "in_a_row": self._test.in_a_row,
             "last_step": self._last_step,
             "last_good": self._last_good.state_dict(),
+            "reason": self._reason,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,6 +139,8 @@ class SafetyBudget(pl.Callback, SafetyListener):
         self._test.checks, self._test.in_a_row = state_dict["checks"], state_dict["in_a_row"]
         self._last_step = state_dict["last_step"]
         self._last_good.load_state_dict(state_dict["last_good"])
+        # Only a checkpoint that a listener saved between decision and act has one.
+        self._reason = None if self.action == "warn" else state_dict.get("reason")
 
     # Hooks, in the order of a fit ---------------------------------------------------------------------------------
 
@@ -141,7 +149,10 @@ class SafetyBudget(pl.Callback, SafetyListener):
         if stage != "fit":
             return
         check_strategy(trainer, self)
-        self._check_callbacks(trainer)
+        bar = what_bars_a_budget(trainer, self.metric, self._siblings(trainer) if self.action == "rollback" else 0)
+        if bar is not None:
+            raise ValueError(bar)
+        self._reason = None
         # A checkpoint's state is loaded after this.
         if trainer.global_step == 0:
             self._begin()
@@ -163,7 +174,7 @@ class SafetyBudget(pl.Callback, SafetyListener):
             raise ValueError(why_no_baseline(trainer, self.metric, self._offered, self.state_key))
 
     def on_safety_check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, check: Check) -> None:
-        """Take the baseline, or compare with it and act."""
+        """Take the baseline, or compare with it and decide."""
         if stage != "fit":
             return
         self._offered += [f"safety/{name}" for name in check.outcomes if f"safety/{name}" not in self._offered]
@@ -187,32 +198,23 @@ class SafetyBudget(pl.Callback, SafetyListener):
         else:
             self._compare(trainer, pl_module, self._test, outcomes)
 
+    def on_safety_checks_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what was decided: no monitor is still to look at the weights of this step."""
+        if self._reason is None or self._test is None:
+            return
+        reason, self._reason = self._reason, None
+        if self.action == "rollback":
+            reason += f" Restored the weights of step {self._roll_back(trainer, pl_module, self._test)}."
+        trainer.should_stop = True
+        rank_zero_warn(f"{reason} The fit {when_it_stops(trainer)}.")
+
     # The start of a fit -------------------------------------------------------------------------------------------
 
-    def _check_callbacks(self, trainer: pl.Trainer) -> None:
+    @staticmethod
+    def _siblings(trainer: pl.Trainer) -> int:
+        """Return how many budgets roll back."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if not monitors_of(trainer):
-            raise ValueError(
-                f"`callbacks` expected to hold a monitor that measures {self.metric} but there is none. Add"
-                " `HarmfulnessMonitor()` beside the budget."
-            )
-        if self.action != "rollback":
-            return
-        if sum(isinstance(callback, SafetyBudget) and callback.action == "rollback" for callback in callbacks) > 1:
-            raise ValueError(
-                "`callbacks` expected to hold one SafetyBudget that rolls back but there are several, and what is good"
-                ' for one may not be for another. Give all but one `action="stop"`.'
-            )
-        averaging = [
-            type(callback).__name__
-            for callback in callbacks
-            if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}
-        ]
-        if averaging:
-            raise ValueError(
-                f'`action="rollback"` expected the weights to stay as restored but {averaging[0]} replaces them by its'
-                ' mean at the end of the fit. Leave it out, or pass `action="stop"`.'
-            )
+        return sum(isinstance(callback, SafetyBudget) and callback.action == "rollback" for callback in callbacks)
 
     def _make_test(self, before: Mapping[str, bool | None], planned_checks: int) -> RepeatedComparison:
         return RepeatedComparison(
@@ -249,13 +251,13 @@ class SafetyBudget(pl.Callback, SafetyListener):
         test: RepeatedComparison,
         outcomes: Mapping[str, bool | None],
     ) -> None:
-        """Compare with the baseline; act, wait, or keep the weights."""
+        """Compare with the baseline; decide to act, wait, or keep the weights."""
         found = test.check(outcomes)
         step = trainer.global_step
         if leaves_files(trainer):
-            for warning in what_is_weak(test, found, step):
+            for warning in what_is_weak(test, found, step, self.action):
                 rank_zero_warn(warning)
-        if found.rejected is False:
+        if found.rejected is False and not found.change.warning:
             self._keep(trainer, pl_module)
         if not found.rejected:
             return
@@ -265,10 +267,7 @@ class SafetyBudget(pl.Callback, SafetyListener):
         elif self.action == "warn":
             rank_zero_warn(f"{reason} The fit goes on.")
         else:
-            if self.action == "rollback":
-                reason += f" Restored the weights of step {self._roll_back(trainer, pl_module, test)}."
-            trainer.should_stop = True
-            rank_zero_warn(f"{reason} The fit {when_it_stops(trainer)}.")
+            self._reason = reason
 
     def _roll_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule, test: RepeatedComparison) -> int:
         """Restore the last good weights wherever the fit holds them, and return their step."""

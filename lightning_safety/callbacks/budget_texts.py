@@ -23,6 +23,37 @@ def monitors_of(trainer: pl.Trainer) -> list[SafetyMonitor]:
     return [callback for callback in trainer.callbacks if isinstance(callback, SafetyMonitor)]  # type: ignore[attr-defined]
 
 
+def what_bars_a_budget(trainer: pl.Trainer, metric: str, rolling_back: int) -> str | None:
+    """Return what in the trainer's list a budget cannot work with or without, and what to do.
+
+    Args:
+        trainer: The trainer.
+        metric: What the budget is of.
+        rolling_back: How many budgets roll back, this one among them; 0 where this one does not.
+    """
+    if not monitors_of(trainer):
+        return (
+            f"`callbacks` expected to hold a monitor that measures {metric} but there is none. Add"
+            " `HarmfulnessMonitor()` beside the budget."
+        )
+    if rolling_back > 1:
+        return (
+            "`callbacks` expected to hold one SafetyBudget that rolls back but there are several, and what is good"
+            ' for one may not be for another. Give all but one `action="stop"`.'
+        )
+    averaging = [
+        type(callback).__name__
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}
+    ]
+    if averaging and rolling_back:
+        return (
+            f'`action="rollback"` expected the weights to stay as restored but {averaging[0]} replaces them by its'
+            ' mean at the end of the fit. Leave it out, or pass `action="stop"`.'
+        )
+    return None
+
+
 def why_no_baseline(trainer: pl.Trainer, metric: str, offered: Collection[str], state_key: str) -> str:
     """Return why nothing was compared with before the first step, and what to do.
 
@@ -87,7 +118,7 @@ def what_was_found(test: RepeatedComparison, found: Comparison, metric: str, ste
     )
 
 
-def what_is_weak(test: RepeatedComparison, found: Comparison, step: int) -> list[str]:
+def what_is_weak(test: RepeatedComparison, found: Comparison, step: int, action: str) -> list[str]:
     """Return warnings of a check that says little: prompts left out, or more checks than planned."""
     at, change, weak = f"SafetyBudget at step {step}:", found.change, []
     if found.rejected is None:
@@ -96,7 +127,8 @@ def what_is_weak(test: RepeatedComparison, found: Comparison, step: int) -> list
             " The check counts neither for nor against."
         )
     elif change.warning:
-        weak.append(f"{at} {change.warning}: these prompts could not be told now or at the first check.")
+        kept = " The weights do not count as good." if action == "rollback" and not found.rejected else ""
+        weak.append(f"{at} {change.warning}: these prompts could not be told now or at the first check.{kept}")
     if found.number == test.planned_checks + 1:
         weak.append(
             f"{at} this is check {found.number} of {test.planned_checks} planned. From here on the probability of a"

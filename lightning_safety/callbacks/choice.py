@@ -80,7 +80,7 @@ class WeightChoice:
         objective = RefusalMargin() if self.objective is None else self.objective
         scores = expected_safety_impact(
             model,
-            _TwoPrompts(objective) if quick else objective,
+            TwoPrompts(objective) if quick else objective,
             find_tokenizer(),
             batch_size=self.batch_size,
             include=self.include,
@@ -130,17 +130,20 @@ class GivenMask:
         return self._mask
 
 
-class _TwoPrompts(SafetyObjective):
-    """An objective on its first two prompts."""
+class TwoPrompts(SafetyObjective):
+    """An objective on its first two prompts, for a run that only tries everything once."""
 
     def __init__(self, objective: SafetyObjective) -> None:
         self._objective = objective
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Prepare the objective."""
         self._objective.prepare(model, tokenizer)
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:  # noqa: ARG002
+        """Return its first two examples, one a batch."""
         return self._objective.batches(tokenizer, batch_size=1)[:2]
 
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
+        """Return its loss."""
         return self._objective.loss(model, batch)

@@ -65,6 +65,16 @@ class SafetyListener(ABC):
             check: What the monitor found. Its metrics' names are without ``safety/``.
         """
 
+    def on_safety_checks_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: B027
+        """Act on what was heard: every monitor has looked at this step of a fit, and no checkpoint was saved since.
+
+        Called on every process after each hook of a fit in which monitors look, whether one did or not.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+        """
+
 
 class SafetyMonitor(pl.Callback, ABC):
     """Looks every so many steps or epochs, at the start and at the end of a fit, and once in ``validate`` and ``test``.
@@ -93,9 +103,15 @@ class SafetyMonitor(pl.Callback, ABC):
         """The values of the last check, by full name; empty before the first."""
         return dict(self._metrics)
 
+    @property
+    def _logged(self) -> dict[str, float]:
+        # Each monitor has a check_seconds; where several look at one step, the plain name holds the last one's.
+        seconds = self._metrics["safety/check_seconds"]
+        return {**self._metrics, f"safety/check_seconds/{type(self).__name__}": seconds}
+
     @abstractmethod
-    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check:
-        """Look at the model and leave it as it was."""
+    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check | None:
+        """Look at the model and leave it as it was. None: there is nothing to look at in this stage."""
 
     def publish(self, trainer: pl.Trainer, check: Check) -> None:
         """Do what else a monitor does with a check; on rank zero, after it was logged."""
@@ -141,6 +157,7 @@ class SafetyMonitor(pl.Callback, ABC):
             self._counted_from = trainer.global_step
         if (self.at_start and self._last_step is None) or self._is_due(trainer):
             self._check_in_fit(trainer, pl_module)
+        self._end_hook(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -158,6 +175,7 @@ class SafetyMonitor(pl.Callback, ABC):
             or (self.at_end and _ends_fit(trainer, ends_epoch))
         ):
             self._check_in_fit(trainer, pl_module)
+        self._end_hook(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check by epochs or at the end, where the last batch was not known to be the last."""
@@ -165,12 +183,14 @@ class SafetyMonitor(pl.Callback, ABC):
             self._check_in_fit(trainer, pl_module)
         if self._metrics:
             # Lightning would else let what was logged in on_train_start stand over what came after it.
-            fill_callback_metrics(trainer, pl_module, self._metrics)
+            fill_callback_metrics(trainer, pl_module, self._logged)
+        self._end_hook(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check at the end of a fit that something else stopped, such as EarlyStopping."""
         if self.at_end:
             self._check_in_fit(trainer, pl_module, hook_may_log=False)
+        self._end_hook(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check in ``trainer.validate``; not in the validation or the sanity check of a fit."""
@@ -203,18 +223,30 @@ class SafetyMonitor(pl.Callback, ABC):
         started = time.perf_counter()
         with preserved_random_state():
             check = self.measure(trainer, pl_module)
+        if check is None:
+            return
+        if trainer.is_global_zero:
+            show_figures(trainer, check.figures)
         metrics = {**check.metrics, "check_seconds": time.perf_counter() - started}
         self._metrics = {f"safety/{name}": value for name, value in metrics.items()}
-        fill_callback_metrics(trainer, pl_module, self._metrics, hook_may_log=hook_may_log)
+        fill_callback_metrics(trainer, pl_module, self._logged, hook_may_log=hook_may_log)
         if trainer.is_global_zero:
             self._write_down(trainer, stage, check)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SafetyListener):
                 callback.on_safety_check(trainer, pl_module, stage, check)
 
+    def _end_hook(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell listeners, where this is the last monitor in the list, that all have looked."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self is not [callback for callback in callbacks if isinstance(callback, SafetyMonitor)][-1]:
+            return
+        for callback in callbacks:
+            if isinstance(callback, SafetyListener):
+                callback.on_safety_checks_end(trainer, pl_module)
+
     def _write_down(self, trainer: pl.Trainer, stage: str, check: Check) -> None:
-        log_to_loggers(trainer, self._metrics)
-        show_figures(trainer, check.figures)
+        log_to_loggers(trainer, self._logged)
         self.publish(trainer, check)
         if leaves_files(trainer):
             identity = {"monitor": type(self).__name__, "run": self._run, "stage": stage, "step": trainer.global_step}

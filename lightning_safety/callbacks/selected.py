@@ -201,7 +201,7 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         mask.check_model(model)
         if not mask.count:
             raise ValueError("`mask` expected to select weights but it selects none. Select some, or leave it out.")
-        check_no_adapters(model, mask)
+        check_no_adapters(model, {name for name, indices in mask.indices.items() if indices.numel()}, "mask")
         self._mask = mask
 
     def _resumed_mask(self) -> SafetyMask:

@@ -4,29 +4,47 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_safety.arguments import check_fraction, check_positive
+from lightning_safety.callbacks.choice import TwoPrompts
 from lightning_safety.callbacks.log import leaves_files, run_folder
 from lightning_safety.callbacks.monitor import Check, SafetyMonitor
+from lightning_safety.callbacks.together import check_no_adapters
 from lightning_safety.language import find_language_model, find_tokenizer
-from lightning_safety.monitoring.references import alignment_bases, gradient_bases, saved_bases
-from lightning_safety.monitoring.subspace import as_matrices, random_overlap, subspace_overlap
+from lightning_safety.monitoring.references import (
+    alignment_bases,
+    check_reference,
+    describe_reference,
+    gradient_bases,
+    saved_bases,
+)
 from lightning_safety.monitoring.subspace_file import SubspaceFile, file_hash
-from lightning_safety.monitoring.update_overlap import SAFETY, UTILITY, draw_update_overlap, measure_update
+from lightning_safety.monitoring.update_overlap import (
+    SAFETY,
+    UTILITY,
+    draw_update_overlap,
+    entanglement,
+    matrix_shapes,
+    measure_update,
+)
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring import RefusalLikelihood, RefusalMargin, SafetyObjective, scored_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
+
+_CPU_OPERATIONS = 3e10  # operations a second of a decomposition in float64, as measured on two cores
+_LONG_CHECK = 60.0  # seconds
 
 SUBSPACE_FILE = "safety_subspaces.safetensors"
 """Start weights and reference subspaces, in the run folder."""
@@ -47,9 +65,12 @@ class SubspaceOverlapMonitor(SafetyMonitor):
     - each with ``_random`` behind it: what random subspaces of the same ranks give on average;
     - ``update_norm``: Frobenius norm of the update; ``check_seconds``.
 
-    Before the first step nothing has moved: overlaps are NaN. By component and by layer, they are in ``safety.jsonl``;
-    the figure ``subspace_overlap`` shows the components. Start weights and subspaces are in ``safety_subspaces.
-    safetensors`` of the run folder, and a resumed fit opens that file again or stops. A check changes nothing.
+    Before the first step nothing has moved: overlaps are NaN. By component and by layer, they are in ``safety.jsonl``,
+    with the overlap of the two subspaces themselves (``entanglement``); the figure ``subspace_overlap`` shows the
+    components. Start weights and subspaces are in ``safety_subspaces.safetensors`` of the run folder, and a resumed fit
+    opens that file again or stops. A check changes nothing. ``validate`` and ``test`` have no start to compare with and
+    are left alone. One such monitor fits into a trainer. Adapters (LoRA) are refused: under them these weights stand
+    still.
 
     Args:
         every_n_steps: Check every so many optimizer steps. None: not by steps.
@@ -70,14 +91,14 @@ class SubspaceOverlapMonitor(SafetyMonitor):
         tokenizer: The tokenizer or its path. Default: the module's or the data module's, or the one that lies beside
             the model's weights on disk.
         language_model: The dotted name of the language model in the module, where there are several.
-        figures: Whether to draw the figure, which takes matplotlib.
+        figures: Whether to draw the figure. None: where matplotlib is installed.
         show_progress: Whether bars show what takes over two seconds at fit start.
 
     Raises:
         ModuleNotFoundError: `figures` and matplotlib is not installed.
         TypeError: An argument is of the wrong kind.
-        ValueError: An argument is out of range. At the start of a fit: a reference does not fit the model, or a fit is
-            resumed whose file is gone or has changed.
+        ValueError: An argument is out of range. At the start of a fit: a reference does not fit the model, a watched
+            weight has an adapter, or a fit is resumed whose file is gone, has changed, or is of other arguments.
     """
 
     def __init__(
@@ -96,11 +117,11 @@ class SubspaceOverlapMonitor(SafetyMonitor):
         batch_size: int = 8,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         language_model: str | None = None,
-        figures: bool = True,
+        figures: bool | None = None,
         show_progress: bool = True,
     ) -> None:
         super().__init__(every_n_steps, every_n_epochs, at_start, at_end)
-        _check_reference(reference)
+        check_reference(reference)
         if utility is not None and not isinstance(utility, SafetyObjective):
             raise TypeError(f"`utility` expected to be a SafetyObjective but got {type(utility).__name__}.")
         self.reference = reference
@@ -124,6 +145,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
         super()._begin_run()
         self._file: SubspaceFile | None = None
         self._hash = ""
+        self._entanglement: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
@@ -140,52 +162,68 @@ class SubspaceOverlapMonitor(SafetyMonitor):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Look for matplotlib, so that a missing one stops the run before it begins."""
         super().setup(trainer, pl_module, stage)
-        if self.figures and importlib.util.find_spec("matplotlib") is None:
+        self._draws = bool(self.figures is not False and importlib.util.find_spec("matplotlib"))
+        if self.figures and not self._draws:
             raise ModuleNotFoundError(
                 "`figures` needs matplotlib, which is not installed. Install it with "
                 "`pip install 'lightning-safety[report]'`, or pass `figures=False`."
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the start weights and find the subspaces, or open those of the resumed fit."""
-        if trainer.ckpt_path is not None:
-            self._file = self._reopen()
+        """Keep the start weights and find the subspaces, or open those of the fit that goes on."""
+        # The same trainer may go on without a checkpoint.
+        if self._file is not None:
             return
         model = find_language_model(pl_module, self.language_model)
+        weights = self._weights(model)
+        check_no_adapters(model, weights, "include")
+        if trainer.ckpt_path is not None:
+            self._file = self._reopen(trainer, weights)
+        else:
+            self._begin_file(trainer, pl_module, model, weights)
+        assert self._file is not None
+        self._entanglement = entanglement(self._file) if self.watch_utility else {}
+
+    def _begin_file(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module, weights: Mapping[str, Tensor]
+    ) -> None:
+        started = time.perf_counter()
+        _warn_of_large(weights)
         with preserved_random_state():
-            start, bases = self._find_subspaces(trainer, pl_module, model)
+            bases = self._find_subspaces(trainer, pl_module, model, weights)
         if leaves_files(trainer):
             path = run_folder(trainer) / SUBSPACE_FILE
         else:
             self._temporary = tempfile.TemporaryDirectory()
             path = Path(self._temporary.name) / SUBSPACE_FILE
-        metadata = {"reference": _describe(self.reference), "energy": str(self.energy), "run": self._run}
+        metadata = {"reference": describe_reference(self.reference), "energy": str(self.energy), "run": self._run}
         if trainer.is_global_zero:
-            SubspaceFile.write(path, start, bases, metadata)
+            SubspaceFile.write(path, weights, bases, metadata)
         self._file, self._hash = SubspaceFile(path), file_hash(path)
+        kinds = f"{metadata['reference']}{' and of everyday answers' if self.watch_utility else ''}"
+        rank_zero_info(
+            f"{type(self).__name__}: compares {len(bases[SAFETY])} matrices with the subspaces of {kinds};"
+            f" {path.stat().st_size / 2**20:.0f} MiB in {path.name}; {time.perf_counter() - started:.1f} s."
+        )
 
-    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check:  # noqa: ARG002
+    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check | None:
         """Compare the update so far."""
-        if self._file is None:
-            raise ValueError(
-                f"{type(self).__name__} expected to check during a fit, whose start it compares with, but"
-                " `validate` and `test` have none. Leave it out there."
-            )
+        if self._file is None or trainer.state.fn != "fit":
+            return None
         weights = self._weights(find_language_model(pl_module, self.language_model))
         found = measure_update(weights.items(), self._file, self.kinds, energy=self.energy)
         details: dict[str, Any] = {"components": found.by("component"), "layers": found.by("layer")}
-        if self.watch_utility:
-            details["entanglement"] = _entanglement(self._file)
-        figures = {"subspace_overlap": partial(draw_update_overlap, found)} if self.figures else {}
+        if self._entanglement:
+            details["entanglement"] = self._entanglement
+        figures = {"subspace_overlap": partial(draw_update_overlap, found)} if self._draws else {}
         return Check(found.metrics, details, figures=figures)
 
     def _weights(self, model: nn.Module) -> Mapping[str, Tensor]:
         return scored_weights(model, include=self.include, exclude=self.exclude)
 
     def _find_subspaces(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module
-    ) -> tuple[Mapping[str, Tensor], dict[str, dict[str, Tensor]]]:
-        weights = self._weights(model)
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module, weights: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
         objectives: dict[str, SafetyObjective] = {}
         bases: dict[str, dict[str, Tensor]] = {}
         if isinstance(self.reference, dict):
@@ -197,8 +235,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
                 show_progress=self.show_progress,
             )
         elif isinstance(self.reference, str):
-            matrices = (matrix for name, weight in weights.items() for matrix in as_matrices(name, weight).items())
-            bases[SAFETY] = saved_bases(self.reference, SAFETY, {name: tuple(one.shape) for name, one in matrices})
+            bases[SAFETY] = saved_bases(self.reference, SAFETY, matrix_shapes(weights), energy=self.energy)
         else:
             objectives[SAFETY] = self.reference or RefusalMargin()
         if self.watch_utility:
@@ -209,7 +246,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
         for kind, objective in objectives.items():
             bases[kind] = gradient_bases(
                 model,
-                objective,
+                objective if leaves_files(trainer) else TwoPrompts(objective),
                 tokenizer,
                 energy=self.energy,
                 batch_size=self.batch_size,
@@ -217,9 +254,9 @@ class SubspaceOverlapMonitor(SafetyMonitor):
                 exclude=self.exclude,
                 show_progress=self.show_progress,
             )
-        return weights, bases
+        return bases
 
-    def _reopen(self) -> SubspaceFile:
+    def _reopen(self, trainer: pl.Trainer, weights: Mapping[str, Tensor]) -> SubspaceFile:
         """Open the file of the resumed fit: an update against other start weights would be another number."""
         if self._restored is None or self._restored["file"] is None:
             raise ValueError(
@@ -227,44 +264,26 @@ class SubspaceOverlapMonitor(SafetyMonitor):
                 " weights: what it has moved so far cannot be known. Leave the monitor out, or start a new fit."
             )
         self._hash = self._restored["sha256"]
-        try:
-            return SubspaceFile(self._restored["file"], self._hash)
-        except FileNotFoundError as error:
+        # The run folder may have moved.
+        places = [Path(self._restored["file"]), run_folder(trainer) / SUBSPACE_FILE]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
             raise ValueError(
-                f"The resumed fit's start weights expected to be in {self._restored['file']!r} but there is no such"
-                " file. Put it back, leave the monitor out, or start a new fit."
-            ) from error
-
-
-def _entanglement(file: SubspaceFile) -> dict[str, float]:
-    """Return how far safety and utility subspaces themselves overlap, mean over matrices, and by chance."""
-    found, chance = [], []
-    for matrix in file.matrices(SAFETY):
-        safety, utility = file.bases([SAFETY, UTILITY], matrix).values()
-        if safety.shape[1] and utility.shape[1]:
-            found.append(subspace_overlap(safety, utility))
-            chance.append(random_overlap(safety.shape[1], utility.shape[1], len(safety)))
-    count = max(1, len(found))
-    return {"overlap": sum(found) / count, "overlap_random": sum(chance) / count}
-
-
-def _check_reference(reference: Any) -> None:
-    if isinstance(reference, dict):
-        if set(reference) != {"base", "aligned"}:
-            raise ValueError(
-                f"`reference` expected to name `base` and `aligned` but names {', '.join(map(repr, reference))}. "
-                "Pass for instance `reference={'base': 'path/of/base', 'aligned': 'path/of/aligned'}`."
+                f"The resumed fit's start weights expected to be in {str(places[0])!r} but there is no such file. Put"
+                " it back, leave the monitor out, or start a new fit."
             )
-    elif reference is not None and not isinstance(reference, SafetyObjective | str):
-        raise TypeError(
-            "`reference` expected to be a SafetyObjective, a mapping of `base` and `aligned`, or a path but got "
-            f"{type(reference).__name__}."
+        file = SubspaceFile(path, self._hash)
+        file.check(self.kinds, matrix_shapes(weights), energy=self.energy)
+        return file
+
+
+def _warn_of_large(weights: Mapping[str, Tensor]) -> None:
+    """Say what a check will take where that is long: decompositions grow with the third power of the size."""
+    sizes = [min(shape) for shape in matrix_shapes(weights).values()]
+    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
+    seconds = sum(9 * float(size) ** 3 for size in sizes) / _CPU_OPERATIONS
+    if on_cpu and seconds > _LONG_CHECK:
+        rank_zero_warn(
+            f"A check will decompose {len(sizes)} matrices of up to {max(sizes)} rows or columns, about {seconds:.0f} s"
+            " on this kind of device. Compare a sample with `include=`, check less often, or train on a GPU."
         )
-
-
-def _describe(reference: SafetyObjective | dict[str, str] | str | None) -> str:
-    if isinstance(reference, dict):
-        return f"{reference['aligned']} - {reference['base']}"
-    if isinstance(reference, str):
-        return os.fspath(reference)
-    return ", ".join((reference or RefusalMargin()).describe().values())

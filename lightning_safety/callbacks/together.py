@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lightning_safety.language import canonical_name, named_weights
-from lightning_safety.scoring import SafetyMask
 
 if TYPE_CHECKING:
     from lightning_safety.callbacks.selected import SelectedWeightsCallback
@@ -37,15 +36,24 @@ def check_together(callbacks: Sequence[SelectedWeightsCallback]) -> None:
                 )
 
 
-def check_no_adapters(model: nn.Module, mask: SafetyMask) -> None:
-    """Refuse adapters on top of selected weights: they change what the weights do while the weights stand still."""
+def check_no_adapters(model: nn.Module, names: Collection[str], argument: str) -> None:
+    """Refuse adapters on top of weights: they change what the weights do while the weights stand still.
+
+    Args:
+        model: The causal language model.
+        names: Canonical names of the weights that must have none.
+        argument: Whose value these are, for the message.
+
+    Raises:
+        ValueError: One has an adapter.
+    """
     for name, _ in model.named_parameters():
         canonical = canonical_name(name)
-        if ".base_layer." in name and canonical in mask.indices and mask.indices[canonical].numel():
+        if ".base_layer." in name and canonical in names:
             raise ValueError(
-                f"`mask` expected to select weights without adapters but `{canonical}` has one (LoRA or alike), which"
-                " changes the layer whether or not the weight moves. That is not supported yet: train without adapters,"
-                " or leave these layers out of them."
+                f"`{argument}` expected to select weights without adapters but `{canonical}` has one (LoRA or alike),"
+                " which changes the layer whether or not the weight moves. That is not supported yet: train without"
+                " adapters, or leave these layers out of them."
             )
 
 

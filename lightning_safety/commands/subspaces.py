@@ -17,7 +17,8 @@ def subspace(
 ) -> None:
     """Compare fine-tuning's updates with alignment's, tensor by tensor: overlap, energy kept and cosine.
 
-    Writes `drift.csv` (every matrix at every energy) and a figure for each pair of updates, and prints the averages.
+    Writes `drift.csv` (every matrix at every energy), `summary.csv` (averages over all matrices, by component and by
+    layer) and a figure for each pair of updates, and prints the averages.
 
     Args:
         base: The checkpoint before alignment: a folder, a .safetensors file or a hub id.
@@ -31,20 +32,28 @@ def subspace(
     from pathlib import Path
 
     from lightning_safety.files import replace_atomically
-    from lightning_safety.monitoring.drift import compare_checkpoints, drift_table, summarise_drift, write_drift
-    from lightning_safety.monitoring.drift_figure import draw_drift
+    from lightning_safety.monitoring.drift import (
+        compare_checkpoints,
+        drift_table,
+        summarise_drift,
+        write_drift,
+        write_summaries,
+    )
+    from lightning_safety.monitoring.drift_figure import check_matplotlib, draw_drift
     from lightning_safety.monitoring.updates import PAPER_ENERGIES
 
+    check_matplotlib()
     rows = compare_checkpoints(
         base, aligned, finetuned, other, energies=energies or PAPER_ENERGIES, include=include or "*"
     )
     folder = Path(output)
     write_drift(rows, folder / "drift.csv")
     summaries = summarise_drift(rows)
+    write_summaries(summaries, folder / "summary.csv")
+    print(drift_table(summaries))
     for pair in dict.fromkeys(row.pair for row in rows):
         with replace_atomically(folder / f"{pair.replace(' | ', '-')}.png") as temporary:
             draw_drift(summaries, pair).savefig(temporary, format="png")
-    print(drift_table(summaries))
     print(f"\nEverything is in {folder}")
 
 
@@ -72,7 +81,11 @@ def project(
     """
     from lightning_safety.monitoring.projection import project_checkpoint
 
-    kept = project_checkpoint(
+    done = project_checkpoint(
         base, aligned, finetuned, output, kind=kind, fraction=fraction, directions=directions, seed=seed
     )
-    print(f"{100 * kept:.2f} % of the update's energy kept: {output}")
+    print(f"{100 * done.energy_kept:.2f} % of the update's energy kept: {output}")
+    print(
+        f"Of {done.matrices} matrices, {done.capped} have fewer directions than asked for; of {done.approximated} the "
+        "directions are approximate (sampled)."
+    )

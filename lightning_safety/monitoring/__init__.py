@@ -49,7 +49,7 @@ from lightning_safety.monitoring.paired import (
     smallest_detectable_increase,
 )
 from lightning_safety.monitoring.perplexity import Perplexity, perplexity
-from lightning_safety.monitoring.projection import project_checkpoint
+from lightning_safety.monitoring.projection import Projection, project_checkpoint
 from lightning_safety.monitoring.rates import (
     Rate,
     attack_success_rate,
@@ -94,6 +94,7 @@ __all__ = [
     "OutcomeChange",
     "OverRefusalRate",
     "Perplexity",
+    "Projection",
     "PromptSource",
     "Rate",
     "RefusalClassifier",

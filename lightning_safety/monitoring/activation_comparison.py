@@ -8,7 +8,7 @@ it leaves open settled: padding is never read, and overlap is also taken without
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -84,9 +84,9 @@ def compare_activations(
         drawn = [_bases(_draw(together, len(sets[0]), seed + draw), energy) for draw in range(_DRAWS)]
         found[number] = LayerComparison(
             *_overlap(*whole),
-            sum(subspace_overlap(*bases) for bases, _ in drawn) / _DRAWS,
+            mean_of_defined(subspace_overlap(*bases) for bases, _ in drawn),
             *_overlap(*centred),
-            sum(subspace_overlap(*bases) for _, bases in drawn) / _DRAWS,
+            mean_of_defined(subspace_overlap(*bases) for _, bases in drawn),
             separability.accuracy,
             separability.chance,
             ranks=(whole[0].rank, whole[1].rank),
@@ -114,12 +114,15 @@ def direction_cosines(start: Mapping[int, Tensor], now: Mapping[int, Tensor]) ->
 def refusal_direction_cosine(start: Mapping[int, Tensor], now: Mapping[int, Tensor]) -> float:
     """Return the mean over layers of the cosines between two refusal directions: 1 where none has turned.
 
+    Layers where a direction is zero have no cosine and are left out, such as the embeddings where all prompts end with
+    the same token.
+
     Args:
         start: By layer number, [hidden], such as the `LayerComparison.direction` of the model before tuning.
         now: The same layers, later.
 
     Returns:
-        In [−1, 1]; NaN where a direction is zero.
+        In [−1, 1]; NaN where no layer has a cosine.
 
     Raises:
         ValueError: The layers or the hidden sizes differ.
@@ -129,8 +132,13 @@ def refusal_direction_cosine(start: Mapping[int, Tensor], now: Mapping[int, Tens
         >>> refusal_direction_cosine({8: torch.tensor([1.0, 0.0])}, {8: torch.tensor([0.0, 2.0])})
         0.0
     """
-    cosines = direction_cosines(start, now)
-    return sum(cosines.values()) / len(cosines)
+    return mean_of_defined(direction_cosines(start, now).values())
+
+
+def mean_of_defined(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not NaN; NaN where none is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _bases(

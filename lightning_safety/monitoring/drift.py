@@ -7,17 +7,18 @@ import csv
 import fnmatch
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_safety.arguments import check_fraction, closest
 from lightning_safety.files import replace_atomically
-from lightning_safety.language.weight_files import WeightFiles, common_shapes, split_longer_side
+from lightning_safety.language.weight_files import WeightFiles, all_names, common_shapes, split_longer_side
 from lightning_safety.monitoring.subspace import check_matrix
-from lightning_safety.monitoring.updates import PAPER_ENERGIES, UpdateComparison, UpdatePair, compare_updates
+from lightning_safety.monitoring.updates import PAPER_ENERGIES, UpdateComparison, UpdatePair, compare_several_updates
 from lightning_safety.progress import track
 from lightning_safety.scoring.components import COMPONENTS, component_of, layer_of
 from lightning_safety.scoring.describe import align_numbers
@@ -76,9 +77,11 @@ def compare_checkpoints(
 ) -> list[DriftRow]:
     """Compare what fine-tuning changed with what alignment changed (arXiv 2505.14185, section 4).
 
-    Tensors are read part by part, and only products of a matrix's shorter side with itself are kept: memory stays below
-    four times the largest tensor however large the model is. Vectors (norms, biases) are columns; fused experts are
-    compared one by one.
+    Tensors are read part by part, one matrix at a time. Memory is bound by n, the shorter side of a matrix (mostly
+    the hidden size), not by the longer side nor the number of matrices. Held in float64 are three products n × n, two
+    sets of eigenvectors and LAPACK's workspace, at the peak about twelve n × n matrices (1.6 GB for n = 4096) and about
+    twenty with `other`, besides parts of some 150 MB. Only an embedding much longer than wide is larger than that.
+    Vectors (norms, biases) are columns; fused experts are compared one by one.
 
     Args:
         base: The checkpoint before alignment: a folder, a ``.safetensors`` file or a hub id.
@@ -91,12 +94,12 @@ def compare_checkpoints(
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or it lacks a file.
-        ValueError: The checkpoints are of different architectures, a pattern matches nothing, an energy is out of
-            range, or a weight is not finite.
+        ValueError: The weights to compare are not in all of the checkpoints or of different shapes, a pattern matches
+            nothing, an energy is out of range, or a weight is not finite.
     """
     energies = [check_fraction(energy, "energies") for energy in energies]
     files = [WeightFiles(source) for source in (base, aligned, finetuned, *([other] if other is not None else []))]
-    shapes = _chosen(common_shapes(files), include)
+    shapes = _chosen(files, include)
     rows: list[DriftRow] = []
     for name in track(shapes, "Comparing weights", enabled=show_progress):
         for label, shape, at in _matrices(name, shapes[name]):
@@ -141,22 +144,33 @@ def _values(one: DriftSummary) -> tuple[float, ...]:
 
 def write_drift(rows: Sequence[DriftRow], path: str | os.PathLike[str]) -> None:
     """Write one line for each matrix, pair and energy as CSV."""
+    _write(DriftRow, rows, path)
+
+
+def write_summaries(summaries: Sequence[DriftSummary], path: str | os.PathLike[str]) -> None:
+    """Write one line for each group, pair and energy as CSV."""
+    _write(DriftSummary, summaries, path)
+
+
+def _write(kind: type[Any], rows: Iterable[Any], path: str | os.PathLike[str]) -> None:
     with replace_atomically(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(DriftRow)])
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
 
 
-def _chosen(shapes: dict[str, tuple[int, ...]], include: str | Sequence[str]) -> dict[str, tuple[int, ...]]:
-    chosen: set[str] = set()
-    for pattern in [include] if isinstance(include, str) else include:
-        matched = fnmatch.filter(shapes, pattern)
-        if not matched:
+def _chosen(files: Sequence[WeightFiles], include: str | Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights to compare; the others may differ."""
+    patterns = [include] if isinstance(include, str) else include
+    names = all_names(files)
+    wanted = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    shapes = common_shapes(files, wanted, advice="Leave it out with `include`, or compare checkpoints of one model.")
+    for pattern in patterns:
+        if not fnmatch.filter(shapes, pattern):
             raise ValueError(
-                f"`include` expected to match names of weights but {pattern!r} matches none. {closest(pattern, shapes)}"
+                f"`include` expected to match names of weights but {pattern!r} matches none. {closest(pattern, names)}"
             )
-        chosen.update(matched)
-    return {name: shape for name, shape in shapes.items() if name in chosen}
+    return shapes
 
 
 def _matrices(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, int], int | None]]:
@@ -182,18 +196,17 @@ def _pairs(
     updates = {"finetuned": (2, 1), "aligned": (1, 0)} | ({"other": (3, 1)} if len(files) > 3 else {})
     wanted = [("finetuned", "aligned")] + ([("other", "aligned"), ("finetuned", "other")] if len(files) > 3 else [])
 
-    def parts(first: str, second: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts() -> Iterator[list[Tensor]]:
         for cut in split_longer_side(shape, _PART_ENTRIES):
-            read = {
-                number: _read(files[number], name, cut, expert)
-                for number in dict.fromkeys([*updates[first], *updates[second]])
-            }
-            update, reference = (read[updates[key][0]] - read[updates[key][1]] for key in (first, second))
-            check_matrix(update, label)
-            check_matrix(reference, label)
-            yield update, reference
+            read = [_read(file, name, cut, expert) for file in files]
+            differences = [read[after] - read[before] for after, before in updates.values()]
+            for difference in differences:
+                check_matrix(difference, label)
+            yield differences
 
-    return {f"{first} | {second}": compare_updates(parts(first, second), shape) for first, second in wanted}
+    place = list(updates).index
+    pairs = compare_several_updates(parts(), shape, [(place(first), place(second)) for first, second in wanted])
+    return {f"{first} | {second}": pair for (first, second), pair in zip(wanted, pairs, strict=True)}
 
 
 def _read(files: WeightFiles, name: str, cut: tuple[slice, slice], expert: int | None) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_safety.language.weight_files import WeightFiles, common_shapes
 from lightning_safety.monitoring.subspace import as_matrices, left_basis
 from lightning_safety.monitoring.subspace_file import SubspaceFile
 from lightning_safety.progress import track
-from lightning_safety.scoring import SafetyObjective, mean_gradients
+from lightning_safety.scoring import RefusalMargin, SafetyObjective, mean_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,10 +77,10 @@ def alignment_bases(
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or it lacks a file.
-        ValueError: The checkpoints are of different architectures, or lack one of the weights.
+        ValueError: The checkpoints lack one of the weights, or it is of different shapes.
     """
     files = WeightFiles(base), WeightFiles(aligned)
-    shapes = common_shapes(files)
+    shapes = common_shapes(files, names)
     for name in names:
         if name not in shapes:
             raise ValueError(
@@ -93,34 +93,24 @@ def alignment_bases(
     return updates
 
 
-def saved_bases(path: str | os.PathLike[str], kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def saved_bases(
+    path: str | os.PathLike[str], kind: str, shapes: Mapping[str, tuple[int, ...]], *, energy: float
+) -> dict[str, Tensor]:
     """Return the bases that an earlier run saved, by matrix.
 
     Args:
         path: A file that `SubspaceOverlapMonitor` wrote.
         kind: Which of its bases.
         shapes: Of the matrices to compare.
+        energy: The share of energy that they must keep.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no such file, or lacks one of the matrices.
+        ValueError: It is no such file, lacks one of the matrices, or keeps another share.
     """
     file = SubspaceFile(path)
-    there = file.matrices(kind)
-    found = {}
-    for name, shape in shapes.items():
-        if name not in there:
-            raise ValueError(
-                f"`reference` expected a file with subspaces of the model that is trained but {os.fspath(path)!r} has "
-                f"none of `{name}`. {closest(name, there)} Compare fewer weights with `include=`, or take another file."
-            )
-        found[name] = file.bases([kind], name)[kind]
-        if len(found[name]) != shape[0]:
-            raise ValueError(
-                f"`reference` expected a file with subspaces of the model that is trained but those of `{name}` in "
-                f"{os.fspath(path)!r} are of {len(found[name])} dimensions instead of {shape[0]}."
-            )
-    return found
+    file.check([kind], shapes, energy=energy)
+    return {name: file.bases([kind], name)[kind] for name in shapes}
 
 
 def _bases(matrices: Mapping[str, Tensor], energy: float, show_progress: bool) -> dict[str, Tensor]:
@@ -129,3 +119,28 @@ def _bases(matrices: Mapping[str, Tensor], energy: float, show_progress: bool) -
         for label, matrix in as_matrices(name, tensor).items():
             found[label] = left_basis(matrix, energy=energy).vectors.float().cpu()
     return found
+
+
+def check_reference(reference: object) -> None:
+    """Raise unless this is an objective, a mapping of ``base`` and ``aligned``, a path or None."""
+    if isinstance(reference, dict):
+        if set(reference) != {"base", "aligned"}:
+            raise ValueError(
+                f"`reference` expected to name `base` and `aligned` but names {', '.join(map(repr, reference))}. "
+                "Pass for instance `reference={'base': 'path/of/base', 'aligned': 'path/of/aligned'}`."
+            )
+    elif reference is not None and not isinstance(reference, SafetyObjective | str):
+        raise TypeError(
+            "`reference` expected to be a SafetyObjective, a mapping of `base` and `aligned`, or a path but got "
+            f"{type(reference).__name__}."
+        )
+
+
+def describe_reference(reference: SafetyObjective | dict[str, str] | str | None) -> str:
+    """Return what the safety subspaces are of, in a few words."""
+    if isinstance(reference, dict):
+        return f"{reference['aligned']} - {reference['base']}"
+    if isinstance(reference, str):
+        return os.fspath(reference)
+    described = (reference or RefusalMargin()).describe()
+    return f"{described['objective']} ({described['examples']})" if "examples" in described else described["objective"]

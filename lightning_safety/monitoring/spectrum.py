@@ -50,22 +50,19 @@ class Spectrum:
         return float(self.energies[:rank].sum()) / self.total if self.total else float("nan")
 
 
-def gram_matrix(matrix: Tensor, other: Tensor | None = None) -> Tensor:
-    """Return the products of a matrix's rows (wide) or columns (tall, square) with each other, or with another's.
+def gram_matrix(matrix: Tensor) -> Tensor:
+    """Return the products of a matrix's rows (wide) or columns (tall, square) with each other.
 
     Args:
         matrix: [rows, columns].
-        other: Of the same shape. Default: the matrix itself.
 
     Returns:
         float64 [shorter, shorter], summed part by part: nothing of the matrix's size is made.
     """
-    wide = is_wide(matrix)
-    other = matrix if other is None else other
     shorter = min(matrix.shape)
     gram = torch.zeros(shorter, shorter, dtype=torch.float64, device=_accurate_device(matrix))
-    for first, second in zip(_strips(matrix, wide), _strips(other, wide), strict=True):
-        gram.addmm_(first.T, second)
+    for strip in _strips(matrix, is_wide(matrix)):
+        gram.addmm_(strip.T, strip)
     return gram
 
 
@@ -113,6 +110,8 @@ def sampled_spectrum(matrix: Tensor, *, energy: float | None, rank: int | None, 
         seed: Of the samples.
     """
     shorter = min(matrix.shape)
+    # Samples in float32 at least, which every device can multiply; what they span is made orthonormal in float64.
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
     total = sum(float(strip.square().sum()) for strip in _strips(matrix, is_wide(matrix)))
     generator = torch.Generator().manual_seed(seed)
     samples = _FIRST_BLOCK if rank is None else rank + _FIRST_BLOCK // 4
@@ -124,7 +123,7 @@ def sampled_spectrum(matrix: Tensor, *, energy: float | None, rank: int | None, 
         spectrum = spectrum_of_gram(gram_matrix(basis.T @ matrix), (samples, matrix.shape[1]), matrix.dtype)
         captured = float(spectrum.energies.sum())
         if rank is not None or captured >= (energy or 1.0) * total * (1 - _ROUNDING):
-            directions = basis.double() @ spectrum.directions.to(basis.device)
+            directions = _orthonormal(basis.to(_accurate_device(matrix)).double() @ spectrum.directions)
             return Spectrum(spectrum.energies, directions, True, total, max(0.0, total - captured))
         samples *= 2
     return exact_spectrum(matrix)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from lightning_safety.arguments import closest
 from lightning_safety.files import replace_atomically
 
 _FORMAT = "lightning-safety subspaces 1"
@@ -85,6 +86,39 @@ class SubspaceFile:
     def matrices(self, kind: str) -> list[str]:
         """Return the names of the matrices that have a basis of this kind."""
         return sorted(key.partition("/")[2] for key in self._keys if key.startswith(f"{kind}/"))
+
+    def check(self, kinds: Sequence[str], shapes: Mapping[str, tuple[int, ...]], *, energy: float) -> None:
+        """Make sure that a model can be compared with what is here.
+
+        Args:
+            kinds: The kinds of bases that are needed.
+            shapes: The shape of each matrix that is compared.
+            energy: The share of energy that the bases must keep.
+
+        Raises:
+            ValueError: They keep another share, or those of a matrix are missing or of other dimensions.
+        """
+        kept = float(self.metadata.get("energy", "nan"))
+        if kept != energy:
+            raise ValueError(
+                f"`energy` expected to be that of the subspaces in {str(self.path)!r}, {kept}, but got {energy}. Pass"
+                f" `energy={kept}`."
+            )
+        for kind in kinds:
+            there = set(self.matrices(kind))
+            for name, shape in shapes.items():
+                if name not in there:
+                    raise ValueError(
+                        f"{str(self.path)!r} expected to hold the {kind} subspaces of every weight that is compared but"
+                        f" has none of `{name}`. {closest(name, there)} Compare fewer weights with `include=`, or take"
+                        " another file."
+                    )
+                rows = len(self.bases([kind], name)[kind])
+                if rows != shape[0]:
+                    raise ValueError(
+                        f"{str(self.path)!r} expected to hold subspaces of the model that is trained but those of"
+                        f" `{name}` are of {rows} dimensions instead of {shape[0]}."
+                    )
 
     def start(self, name: str) -> Tensor:
         """Return the weight at the start of the fit."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_safety.monitoring.cores import map_over_cores
-from lightning_safety.monitoring.subspace import as_matrices, check_matrix
+from lightning_safety.monitoring.subspace import as_matrices, check_matrix, random_overlap, subspace_overlap
 from lightning_safety.monitoring.subspace_file import SubspaceFile
 from lightning_safety.monitoring.updates import UpdateComparison, compare_to_bases
 from lightning_safety.scoring.components import COMPONENTS, component_of, layer_of
@@ -73,6 +73,15 @@ class UpdateOverlap:
         }
 
 
+def matrix_shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each matrix to compare."""
+    return {
+        label: tuple(matrix.shape)
+        for name, weight in weights.items()
+        for label, matrix in as_matrices(name, weight).items()
+    }
+
+
 def measure_update(
     weights: Iterable[tuple[str, Tensor]], file: SubspaceFile, kinds: Sequence[str], *, energy: float
 ) -> UpdateOverlap:
@@ -107,6 +116,17 @@ def measure_update(
         return found
 
     return UpdateOverlap(tuple(kinds), tuple(one for found in map_over_cores(compare, weights) for one in found))
+
+
+def entanglement(file: SubspaceFile) -> dict[str, float]:
+    """Return how far safety and utility subspaces themselves overlap, and by chance; means over matrices with both."""
+    found, chance = [], []
+    for matrix in file.matrices(SAFETY):
+        safety, utility = file.bases([SAFETY, UTILITY], matrix).values()
+        if safety.shape[1] and utility.shape[1]:
+            found.append(subspace_overlap(safety, utility))
+            chance.append(random_overlap(safety.shape[1], utility.shape[1], len(safety)))
+    return {"overlap": _mean(found), "overlap_random": _mean(chance)}
 
 
 def draw_update_overlap(found: UpdateOverlap) -> Figure:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_safety.monitoring.spectrum import Spectrum, exact_spectrum, spectrum_of_gram
-from lightning_safety.monitoring.subspace import random_overlap
+from lightning_safety.monitoring.spectrum import Spectrum, exact_spectrum, sampled_spectrum, spectrum_of_gram
+from lightning_safety.monitoring.subspace import LARGEST_EXACT, random_overlap
 
 PAPER_ENERGIES = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 """The shares of energy at which arXiv 2505.14185 compares subspaces (section 4)."""
@@ -98,7 +98,8 @@ def compare_to_bases(update: Tensor, bases: Mapping[str, Tensor], energy: float)
         bases: Orthonormal bases [rows, k] by name.
         energy: The share of the update's energy that its own subspace keeps, in (0, 1].
     """
-    spectrum = exact_spectrum(update)
+    large = min(update.shape) > LARGEST_EXACT
+    spectrum = sampled_spectrum(update, energy=energy, rank=None, seed=0) if large else exact_spectrum(update)
     rank = spectrum.rank_keeping(energy)
     directions = spectrum.directions[:, :rank]
     if not spectrum.on_left:
@@ -126,10 +127,7 @@ def compare_to_bases(update: Tensor, bases: Mapping[str, Tensor], energy: float)
 def compare_updates(
     parts: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> UpdatePair:
-    """Compare two updates of one weight, given part by part.
-
-    Neither the updates nor their singular vectors are ever made: for a wide matrix the left singular vectors are those
-    of U Uᵀ; for a tall one they are Q = U W Σ⁻¹, W those of Uᵀ U, so that Q_Vᵀ Q_U and Q_Vᵀ U follow from Vᵀ U.
+    """Compare two updates of one weight, given part by part; see `compare_several_updates`.
 
     Args:
         parts: Update and reference in parts [rows, some columns] of a wide matrix or [some rows, columns] of a tall
@@ -137,28 +135,59 @@ def compare_updates(
         shape: The whole shape [rows, columns].
         dtype: The type in which the weights were stored, for what counts as rounding.
     """
+    return compare_several_updates(parts, shape, [(0, 1)], dtype)[0]
+
+
+def compare_several_updates(
+    parts: Iterable[Sequence[Tensor]],
+    shape: tuple[int, int],
+    pairs: Sequence[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+) -> list[UpdatePair]:
+    """Compare pairs of updates of one weight, given part by part; each update is decomposed once.
+
+    Neither the updates nor their singular vectors are ever made: for a wide matrix the left singular vectors are those
+    of U Uᵀ; for a tall one they are Q = U W Σ⁻¹, W those of Uᵀ U, so that Q_Vᵀ Q_U and Q_Vᵀ U follow from Vᵀ U.
+
+    Args:
+        parts: The updates in parts, as in `compare_updates`.
+        shape: The whole shape [rows, columns].
+        pairs: Positions of update and reference among the updates.
+        dtype: The type in which the weights were stored, for what counts as rounding.
+    """
     wide = shape[0] <= shape[1]
     shorter = min(shape)
-    gram_update, gram_reference, mixed = (torch.zeros(shorter, shorter, dtype=torch.float64) for _ in range(3))
-    inner = 0.0
-    for update, reference in parts:
-        first, second = (update.T, reference.T) if wide else (update, reference)
-        gram_update.addmm_(first.T, first)
-        gram_reference.addmm_(second.T, second)
+    grams: dict[int, Tensor] = {number: _zeros(shorter) for pair in pairs for number in pair}
+    mixed = {} if wide else {pair: _zeros(shorter) for pair in pairs}
+    inner = dict.fromkeys(pairs, 0.0)
+    for part in parts:
+        tall = [update.T if wide else update for update in part]
+        for number, gram in grams.items():
+            gram.addmm_(tall[number].T, tall[number])
+        for update, reference in pairs:
+            if wide:
+                inner[update, reference] += float((tall[update] * tall[reference]).sum())
+            else:
+                mixed[update, reference].addmm_(tall[reference].T, tall[update])
+    spectra = {}
+    for number in list(grams):
+        # Only wide matrices need the product again; what a decomposition takes besides is several times its size.
+        spectra[number] = spectrum_of_gram(grams[number] if wide else grams.pop(number), shape, dtype)
+    found = []
+    for pair in pairs:
+        update_spectrum, reference_spectrum = (spectra[number] for number in pair)
         if wide:
-            inner += float((first * second).sum())
+            directions = reference_spectrum.directions
+            cosines = directions.T @ update_spectrum.directions
+            kept = ((grams[pair[0]] @ directions) * directions).sum(dim=0)
         else:
-            mixed.addmm_(second.T, first)
-    update_spectrum, reference_spectrum = (
-        spectrum_of_gram(gram, shape, dtype) for gram in (gram_update, gram_reference)
-    )
-    if wide:
-        directions = reference_spectrum.directions
-        cosines = directions.T @ update_spectrum.directions
-        kept = ((gram_update @ directions) * directions).sum(dim=0)
-    else:
-        inner = float(mixed.diagonal().sum())
-        across = (reference_spectrum.directions / reference_spectrum.energies.sqrt()).T @ mixed
-        cosines = across @ (update_spectrum.directions / update_spectrum.energies.sqrt())
-        kept = across.square().sum(dim=1)
-    return UpdatePair(shape[0], update_spectrum, reference_spectrum, cosines.square(), kept, inner)
+            inner[pair] = float(mixed[pair].diagonal().sum())
+            across = (reference_spectrum.directions / reference_spectrum.energies.sqrt()).T @ mixed[pair]
+            cosines = across @ (update_spectrum.directions / update_spectrum.energies.sqrt())
+            kept = across.square().sum(dim=1)
+        found.append(UpdatePair(shape[0], update_spectrum, reference_spectrum, cosines.square(), kept, inner[pair]))
+    return found
+
+
+def _zeros(side: int) -> Tensor:
+    return torch.zeros(side, side, dtype=torch.float64)

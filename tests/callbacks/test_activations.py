@@ -245,3 +245,27 @@ def test_what_is_missing_stops_the_fit_before_it_trains(tiny_tokenizer: Any, tmp
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, [make_monitor(at_start=False, **options)], max_steps=1).fit(module, make_loader())
     assert torch.equal(module.network.lm_head.weight, start)
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_fit_resumed_without_the_start_has_no_cosine(tiny_tokenizer: Any, tmp_path: Path, at_start: bool) -> None:
+    """The weights are trained by then: a cosine with their directions would say that nothing has turned."""
+
+    def saver(folder: Path) -> ModelCheckpoint:
+        return ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+
+    fit(tiny_tokenizer, tmp_path, [saver(tmp_path)], max_steps=2)
+    checkpoint = tmp_path / "step=2.ckpt"
+    # The second time the checkpoint has a state of the monitor, which knows no start either.
+    for folder, steps in ((tmp_path / "once", 4), (tmp_path / "twice", 6)):
+        monitor = make_monitor(every_n_steps=2, at_start=at_start)
+        callbacks = [monitor, saver(folder)]
+        with pytest.warns(UserWarning, match="leaves `safety/refusal_direction_cosine` out of this fit") as record:
+            trainer, _ = fit(tiny_tokenizer, folder, callbacks, max_steps=steps, ckpt_path=checkpoint)
+        assert len([one for one in record if "refusal_direction_cosine" in str(one.message)]) == 1
+        assert read_steps(folder)[-1] == steps
+        for line in read_lines(folder):
+            assert {name for name in line if "/" in name} & METRICS == METRICS - {"safety/refusal_direction_cosine"}
+            assert all("refusal_direction_cosine" not in layer for layer in line["layers"].values())
+        assert "safety/refusal_direction_cosine" not in trainer.callback_metrics
+        checkpoint = folder / "step=4.ckpt"

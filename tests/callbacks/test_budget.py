@@ -207,16 +207,19 @@ def test_fast_dev_run_leaves_no_file(tiny_tokenizer: Any, tmp_path: Path) -> Non
 
 
 def test_replies_that_could_not_be_told(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """A few are left out and said; too many, and the check is neither for nor against, nor good to go back to."""
+    """A tenth is left out; more is said and not good to go back to; too many are neither for nor against."""
     recorder = Recorder()
-    monitor = ScriptedMonitor({0: 0, 8: 12}, unknown={4: 3, 6: 20}, every_n_steps=2)
+    monitor = ScriptedMonitor({0: 0, 8: 12}, unknown={2: 2, 4: 3, 6: 20}, every_n_steps=2)
     with pytest.warns(UserWarning, match="SafetyBudget") as record:
         _, module = fit(tiny_tokenizer, tmp_path, [recorder, monitor, SafetyBudget(action="rollback")], max_steps=9)
     few, many, acted = said(record)
-    assert few == "SafetyBudget at step 4: 3 of 20 left out: these prompts could not be told now or at the first check."
+    assert few == (
+        "SafetyBudget at step 4: 3 of 20 left out: these prompts could not be told now or at the first check. The"
+        " weights do not count as good."
+    )
     assert many.startswith("SafetyBudget at step 6: only 0 prompts could be told now")
-    assert "Restored the weights of step 4." in acted
-    assert_same_state(state_of(module), recorder.at[4])
+    assert "Restored the weights of step 2." in acted
+    assert_same_state(state_of(module), recorder.at[2])
 
 
 def test_more_checks_than_planned_are_said(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from jsonargparse import ArgumentParser
+from peft import LoraConfig, get_peft_model
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_safety.callbacks import SafetyEnhancementTuning, SubspaceOverlapMonitor
+from lightning_safety.callbacks import SafetyEnhancementTuning, SubspaceOverlapMonitor, subspace
 from lightning_safety.data import Example
 from lightning_safety.monitoring import energy_kept_ratio, left_basis, subspace_overlap
 from lightning_safety.monitoring.subspace_file import SubspaceFile
 from lightning_safety.scoring import RefusalLikelihood, RefusalMargin, mean_gradients, scored_weights
-from tests.callbacks.fits import UserModule, fit, make_trainer, read_lines
+from tests.callbacks.fits import UserModule, fit, make_loader, make_trainer, read_lines
 from tests.tiny import make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(litlogger|not have many workers|log_every|not empty|mid-epoch)")
@@ -82,10 +84,21 @@ def test_values_equal_those_by_hand(tiny_tokenizer: Any, tmp_path: Path) -> None
             assert line[f"safety/energy_kept{suffix}"] == pytest.approx(kept, abs=1e-5)
             chance = [max(own[n].rank, references[n].rank) / len(updates[n]) for n in updates]
             assert line[f"safety/subspace_overlap{suffix}_random"] == pytest.approx(sum(chance) / len(chance))
-            assert 0 < line[f"safety/energy_kept{suffix}_random"] < 1
+            energies = [float(update.double().square().sum()) for update in updates.values()]
+            shares = [references[name].rank / len(updates[name]) for name in updates]
+            kept_random = sum(e * share for e, share in zip(energies, shares, strict=True)) / sum(energies)
+            assert line[f"safety/energy_kept{suffix}_random"] == pytest.approx(kept_random, rel=1e-5)
+            of_values = [o for name, o in zip(updates, overlaps, strict=True) if "v_proj" in name]
+            kind = "utility" if suffix else "safety"
+            found = line["components"]["v"][kind]["subspace_overlap"]
+            assert found == pytest.approx(sum(of_values) / len(of_values), abs=1e-5)
+        both = [
+            subspace_overlap(*(left_basis(gradient[name], energy=0.8) for gradient in gradients.values()))
+            for name in start
+        ]
+        assert line["entanglement"]["overlap"] == pytest.approx(sum(both) / len(both), abs=1e-5)
         assert set(line["components"]) == {"q", "k", "v", "o", "gate", "up", "down", "head"}
         assert set(line["layers"]) == {"0", "1", "head"}
-        assert 0 < line["entanglement"]["overlap"] <= 1
 
 
 def test_before_the_first_step_overlaps_are_undefined(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -200,7 +213,10 @@ def test_under_enhancement_tuning_only_selected_weights_move(tiny_tokenizer: Any
         for name in ("SafetyEnhancementTuning", "SubspaceOverlapMonitor")
     )
     assert first == second
-    assert all(0 < norm < 10 for norm in first)
+    # Of a twentieth of the weights; the others, held, would add most of the norm.
+    _, _free = fit(tiny_tokenizer, tmp_path / "free", [make_monitor()], max_steps=4)
+    whole = [line["safety/update_norm"] for line in read_lines(tmp_path / "free")]
+    assert all(0 < norm < 0.4 * other for norm, other in zip(first, whole, strict=True))
 
 
 def test_the_figure_goes_to_the_run_folder(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -229,7 +245,91 @@ def test_bad_arguments(tiny_tokenizer: Any, tmp_path: Path) -> None:
         make_monitor(utility="harmless")
     with pytest.raises(ValueError, match="`include` expected to match names"):
         fit(tiny_tokenizer, tmp_path, [make_monitor(include="nothing")], max_steps=1)
-    with pytest.raises(ValueError, match=r"expected to check during a fit, .* but `validate` and `test` have none"):
-        make_trainer(tmp_path, [make_monitor()], limit_val_batches=1).validate(
-            UserModule(tiny_tokenizer), torch.utils.data.DataLoader(torch.ones(1, 4, dtype=torch.int64)), verbose=False
-        )
+
+
+def test_validate_and_test_are_left_alone(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [make_monitor()], limit_val_batches=1)
+    loader = torch.utils.data.DataLoader(torch.ones(1, 4, dtype=torch.int64))  # type: ignore[arg-type]
+    trainer.validate(UserModule(tiny_tokenizer), loader, verbose=False)
+    trainer.test(UserModule(tiny_tokenizer), loader, verbose=False)
+    assert not list(tmp_path.rglob("safety.jsonl"))
+
+
+def test_adapters_are_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    module = UserModule(tiny_tokenizer)
+    module.network = get_peft_model(module.network, LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[assignment]
+    trainer = make_trainer(tmp_path, [make_monitor()], max_steps=1)
+    with pytest.raises(ValueError, match=r"`include` expected to select weights without adapters but .*q_proj"):
+        trainer.fit(module, make_loader())
+    watched = make_trainer(tmp_path, [make_monitor(include="*.mlp.*")], max_steps=1)
+    watched.fit(module, make_loader())
+
+
+def test_a_trainer_that_goes_on_keeps_its_start(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    weights = Weights()
+    trainer, module = fit(tiny_tokenizer, tmp_path, [weights, make_monitor()], max_epochs=1)
+    start = dict(weights.seen[0])
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, make_loader())
+    for line in read_lines(tmp_path):
+        moved = [weight - start[name] for name, weight in weights.seen[line["step"]].items()]
+        norm = float(torch.cat([one.flatten() for one in moved]).double().norm())
+        assert line["safety/update_norm"] == pytest.approx(norm, rel=1e-6)
+    assert line["step"] == 12
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({}, {"energy": 0.1}, r"`energy` expected to be that of the subspaces .* 0.8, but got 0.1"),
+        ({"watch_utility": False}, {}, "expected to hold the utility subspaces of every weight .* has none of"),
+        ({"include": "*mlp*"}, {}, "expected to hold the safety subspaces of every weight .* has none of"),
+    ],
+)
+def test_a_resumed_fit_of_other_arguments_stops(
+    tiny_tokenizer: Any, tmp_path: Path, first: dict[str, Any], second: dict[str, Any], message: str
+) -> None:
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2)
+    fit(tiny_tokenizer, tmp_path, [make_monitor(**first), saver], max_steps=2)
+    with pytest.raises(ValueError, match=message):
+        fit(tiny_tokenizer, tmp_path, [make_monitor(**second)], max_steps=4, ckpt_path=tmp_path / "step=2.ckpt")
+
+
+def test_a_run_folder_that_has_moved_is_found(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(dirpath=tmp_path / "old", filename="{step}", every_n_train_steps=2)
+    fit(tiny_tokenizer, tmp_path / "old", [make_monitor(), saver], max_steps=2)
+    (tmp_path / "old").rename(tmp_path / "new")
+    fit(tiny_tokenizer, tmp_path / "new", [make_monitor()], max_steps=4, ckpt_path=tmp_path / "new" / "step=2.ckpt")
+    assert [line["step"] for line in read_lines(tmp_path / "new")] == [2, 4]
+
+
+def test_long_checks_are_announced(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(subspace, "_CPU_OPERATIONS", 1e3)
+    with pytest.warns(UserWarning, match=r"will decompose 15 matrices of up to 32 rows or columns, about \d+ s"):
+        fit(tiny_tokenizer, tmp_path, [make_monitor()], max_steps=1)
+    assert "compares 15 matrices with the subspaces of RefusalMargin (2 given examples) and of everyday" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"class_path": "lightning_safety.RefusalMargin", "init_args": {"limit": 3}},
+        {"base": "a", "aligned": "b"},
+        "runs/safety_subspaces.safetensors",
+        None,
+    ],
+)
+def test_arguments_are_expressible_in_yaml(reference: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(pl.Callback, "callback")
+    given = {"reference": reference, "energy": 0.3, "include": ["*.mlp.*"], "figures": False, "every_n_steps": 7}
+    config = {"callback": {"class_path": "lightning_safety.SubspaceOverlapMonitor", "init_args": given}}
+    made = parser.instantiate_classes(parser.parse_object(config)).callback
+    assert (made.energy, made.include, made.every_n_steps) == (0.3, ["*.mlp.*"], 7)
+    if isinstance(reference, dict) and "class_path" in reference:
+        assert isinstance(made.reference, RefusalMargin)
+        assert made.reference.limit == 3
+    else:
+        assert made.reference == reference

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -95,17 +97,85 @@ def test_unknown_source() -> None:
         WeightFiles("no/such/folder/at all")
 
 
-def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, {"a": torch.randn(3, 3)})
-    asked = []
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository `owner/name` on a hub whose snapshots are in `cache`; each download adds its files."""
+    repository, snapshot = tmp_path / "hub", tmp_path / "cache" / "snapshots" / "0123abc"
 
-    def download(repository: str, allow_patterns: list[str]) -> str:
-        asked.append((repository, allow_patterns))
-        return str(tmp_path)
+    def download(
+        source: str, revision: str | None = None, allow_patterns: object = None, ignore_patterns: object = None
+    ) -> str:
+        assert source == "owner/name"
+        assert revision == ("0123abc" if snapshot.exists() else None)
+        names = [path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()]
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):  # type: ignore[arg-type]
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / name, snapshot / name)
+        return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert WeightFiles("owner/name").shapes == {"a": (3, 3)}
-    assert asked == [("owner/name", ["*.safetensors", INDEX, "config.json"])]
+    make_tiny_model().save_pretrained(repository, max_shard_size="30KB")
+    for name in (
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "onnx/config.json",
+        "README.md",
+        "model.bin",
+    ):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_bytes(b"large")
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt"):
+        (repository / name).write_text("{}")
+    return repository
+
+
+def fetched(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_the_shards_of_the_index_are_downloaded(hub: Path) -> None:
+    files = WeightFiles("owner/name")
+    assert len(files.files()) > 2
+    assert fetched(files.folder) == {INDEX, "config.json", *(path.name for path in hub.glob("model-*.safetensors"))}
+    assert set(files.shapes) == set(WeightFiles(hub).shapes)
+
+
+def test_only_the_single_file_is_downloaded(hub: Path) -> None:
+    (hub / INDEX).unlink()
+    save(hub, {"a": torch.randn(3, 3)})
+    files = WeightFiles("owner/name")
+    assert files.shapes == {"a": (3, 3)}
+    assert fetched(files.folder) == {"model.safetensors", "config.json"}
+
+
+def test_settings_and_tokenizer_are_downloaded_when_asked(hub: Path) -> None:
+    plain = WeightFiles("owner/name")
+    before = fetched(plain.folder)
+    shutil.rmtree(plain.folder)
+    asked = fetched(WeightFiles("owner/name", settings=True).folder)
+    assert {"tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt"} <= asked - before
+    assert not {name for name in asked if "/" in name or name.startswith(("consolidated", "README", "model.bin"))}
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "original/model.safetensors", "model.bin"])
+def test_an_index_names_safetensors_files_beside_it(hub: Path, shard: str) -> None:
+    (hub / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    for source in ("owner/name", str(hub)):
+        with pytest.raises(ValueError, match=rf"expected an index of \.safetensors files beside it .* '{shard}'"):
+            WeightFiles(source)
+
+
+def test_an_index_cannot_ask_for_all_files(hub: Path) -> None:
+    (hub / INDEX).write_text(json.dumps({"weight_map": {"a": "*.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="lacks"):
+        WeightFiles("owner/name")
+
+
+def test_a_hub_repository_without_safetensors(hub: Path) -> None:
+    (hub / INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match=r"'owner/name' expected to hold .* holds neither"):
+        WeightFiles("owner/name")
 
 
 def test_hub_ids_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +197,17 @@ def test_checkpoints_of_one_architecture(tmp_path: Path) -> None:
     other = WeightFiles(save(tmp_path / "other", {**body, "a": torch.randn(5, 4)}))
     with pytest.raises(ValueError, match=r"`a` is \(3, 4\) in .*one' and \(5, 4\) in .*other'"):
         common_shapes([one, other])
+
+
+def test_only_names_that_are_wanted_are_checked(tmp_path: Path) -> None:
+    body = {"a": torch.randn(3, 4), "b": torch.randn(4), "c": torch.randn(5)}
+    one = WeightFiles(save(tmp_path / "one", body))
+    other = WeightFiles(save(tmp_path / "other", {"a": torch.randn(3, 4), "c": torch.randn(6), "d": torch.randn(1)}))
+    assert common_shapes([one, other], ["a", "nowhere"]) == {"a": (3, 4)}
+    with pytest.raises(ValueError, match=r"`d` and .*one' does not\. .*Leave it out\."):
+        common_shapes([one, other], ["a", "d"], advice="Leave it out.")
+    with pytest.raises(ValueError, match=r"`c` is \(5,\) in"):
+        common_shapes([one, other], ["c"])
 
 
 def test_a_tied_head_that_one_checkpoint_stores(tmp_path: Path) -> None:

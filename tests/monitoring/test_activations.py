@@ -258,12 +258,13 @@ def test_separability_is_linear_seeded_and_blind_to_scale_and_rotation() -> None
     assert len({linear_separability(first, second, seed=seed).accuracy for seed in range(8)}) > 1
 
 
-def test_cosines_are_means_over_layers_and_nan_for_a_zero_direction() -> None:
+def test_cosines_are_means_over_the_layers_that_have_one() -> None:
     start = {1: torch.tensor([1.0, 0.0]), 2: torch.tensor([0.0, 3.0])}
     now = {1: torch.tensor([5.0, 0.0]), 2: torch.tensor([0.0, -1.0])}
     assert direction_cosines(start, now) == {1: 1, 2: -1}
     assert refusal_direction_cosine(start, now) == 0
-    assert torch.tensor(refusal_direction_cosine(start, now | {2: torch.zeros(2)})).isnan()
+    assert refusal_direction_cosine(start, now | {2: torch.zeros(2)}) == 1
+    assert torch.tensor(refusal_direction_cosine(start, {1: torch.zeros(2), 2: torch.zeros(2)})).isnan()
     with pytest.raises(ValueError, match="`start` and `now` expected to be of the same layers and hidden sizes"):
         refusal_direction_cosine(start, {1: now[1]})
 

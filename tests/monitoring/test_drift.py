@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_safety.monitoring import drift
-from lightning_safety.monitoring.drift import DriftRow, compare_checkpoints, summarise_drift, write_drift
+from lightning_safety.language.weight_files import WeightFiles
+from lightning_safety.monitoring import drift, updates
+from lightning_safety.monitoring.drift import (
+    DriftRow,
+    compare_checkpoints,
+    summarise_drift,
+    write_drift,
+    write_summaries,
+)
+from lightning_safety.monitoring.drift_figure import draw_drift
+from lightning_safety.monitoring.references import alignment_bases
 from lightning_safety.monitoring.subspace import energy_kept_ratio, left_basis, subspace_overlap
 from tests.monitoring.test_subspace import noise, with_spectrum
 
@@ -118,6 +128,28 @@ def test_summaries(tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]]) ->
     pooled = [torch.cat([plain(r.tensor, checkpoints, *pair).flatten() for r in half]) for pair in
               (("finetuned", "aligned"), ("aligned", "base"))]  # fmt: skip
     assert everything.cosine == pytest.approx(float(pooled[0] @ pooled[1] / pooled[0].norm() / pooled[1].norm()))
+    ranks, dimensions = [], []
+    for row in half:
+        pair = plain(row.tensor, checkpoints, "finetuned", "aligned"), plain(row.tensor, checkpoints, "aligned", "base")
+        ranks.append([left_basis(matrix, energy=0.5).rank for matrix in pair])
+        dimensions.append(len(pair[0]))
+    places = range(6)
+    assert everything.overlap_random == pytest.approx(sum(max(ranks[i]) / dimensions[i] for i in places) / 6)
+    assert everything.energy_kept_random == pytest.approx(
+        sum(ranks[i][1] / dimensions[i] * half[i].update_norm ** 2 for i in places) / total
+    )
+
+
+def test_random_summaries_by_hand(tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]]) -> None:
+    row = replace(compare(tmp_path, include="*q_proj*")[0], overlap=0.5, reference_norm=1.0)
+    rows = [
+        replace(row, update_norm=1.0, overlap_random=0.2, energy_kept_random=0.1),
+        replace(row, update_norm=3.0, overlap_random=0.4, energy_kept_random=0.5),
+        replace(row, update_norm=0.0, overlap_random=math.nan, energy_kept_random=math.nan),
+    ]
+    everything = summarise_drift(rows)[0]
+    assert everything.overlap_random == pytest.approx(0.3)  # (0.2 + 0.4) / 2
+    assert everything.energy_kept_random == pytest.approx(0.46)  # (1 · 0.1 + 9 · 0.5) / 10
 
 
 def test_a_checkpoint_that_did_not_move(tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]]) -> None:
@@ -138,6 +170,73 @@ def test_csv(tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]]) -> None:
         lines = list(csv.DictReader(file))
     assert [line["tensor"] for line in lines] == [row.tensor for row in rows]
     assert [float(line["overlap"]) for line in lines] == [row.overlap for row in rows]
+
+
+def test_summaries_as_csv(tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]]) -> None:
+    summaries = summarise_drift(compare(tmp_path, "other"))
+    write_summaries(summaries, tmp_path / "summary.csv")
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 9 * 3 * len(ENERGIES)
+    assert [(line["group"], line["pair"], float(line["energy"])) for line in lines] == [
+        (one.group, one.pair, one.energy) for one in summaries
+    ]
+    assert [float(line["energy_kept_random"]) for line in lines] == [one.energy_kept_random for one in summaries]
+
+
+def test_figure_shows_both_quantities_beside_random(tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]]) -> None:
+    pytest.importorskip("matplotlib")
+    summaries = summarise_drift(compare(tmp_path))
+    axes = draw_drift(summaries, "finetuned | aligned").axes
+    assert [one.get_ylabel() for one in axes] == ["subspace overlap"] * 2 + ["energy kept"] * 2
+    rows = [one for one in summaries if one.group == "component q"]
+    for place, name in ((0, "overlap"), (2, "energy_kept")):
+        drawn, random = axes[place].lines[:2]
+        assert list(drawn.get_ydata()) == [getattr(row, name) for row in rows]
+        assert list(random.get_ydata()) == [getattr(row, f"{name}_random") for row in rows]
+
+
+def test_each_update_is_decomposed_once(
+    tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decomposed, read = [], []
+    spectrum_of_gram, read_part = updates.spectrum_of_gram, WeightFiles.read_part
+
+    def counted(gram: Tensor, *rest: object) -> object:
+        decomposed.append(gram)
+        return spectrum_of_gram(gram, *rest)  # type: ignore[arg-type]
+
+    def counted_read(files: WeightFiles, *rest: object) -> Tensor:
+        read.append(files.name)
+        return read_part(files, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(updates, "spectrum_of_gram", counted)
+    monkeypatch.setattr(WeightFiles, "read_part", counted_read)
+    for include in ("*up_proj*", "*layers.1.mlp.down_proj*"):
+        decomposed.clear()
+        read.clear()
+        assert len(compare(tmp_path, "other", include=include)) == 3 * len(ENERGIES)
+        assert len(decomposed) == 3
+        assert len(read) == 4
+
+
+def test_only_weights_that_are_compared_are_checked(tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]]) -> None:
+    changed = {**checkpoints["base"], "model.norm.weight": torch.ones(25), "vision.weight": torch.ones(3, 3)}
+    save_file(changed, tmp_path / "base" / "model.safetensors")
+    assert len(compare(tmp_path, include="*mlp*")) == 4 * len(ENERGIES)
+    name = "model.layers.0.mlp.up_proj.weight"
+    bases = alignment_bases(tmp_path / "base", tmp_path / "aligned", [name], energy=0.5, show_progress=False)
+    assert list(bases) == [name]
+    with pytest.raises(ValueError, match=r"`model.norm.weight` is \(25,\) in .* Leave it out with `include`"):
+        compare(tmp_path, include="*.norm.*")
+    save_file({**changed, "model.norm.weight": torch.ones(24)}, tmp_path / "base" / "model.safetensors")
+    for include in ("*", ["*mlp*", "vision*"]):
+        with pytest.raises(ValueError, match=r"holds `vision.weight` and .* does not\. .* Leave it out with `include`"):
+            compare(tmp_path, include=include)
+    with pytest.raises(ValueError, match=r"`reference` expected checkpoints .* they have no `nothing`"):
+        alignment_bases(tmp_path / "base", tmp_path / "aligned", ["nothing"], energy=0.5)
+    with pytest.raises(ValueError, match=r"holds `vision.weight` and .* does not"):
+        alignment_bases(tmp_path / "base", tmp_path / "aligned", ["vision.weight"], energy=0.5)
 
 
 def test_bad_input(tmp_path: Path, checkpoints: dict[str, dict[str, Tensor]]) -> None:

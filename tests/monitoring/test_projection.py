@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_safety.language import load_causal_lm, save_language_model
 from lightning_safety.language.weight_files import WeightFiles
-from lightning_safety.monitoring.projection import project_checkpoint
+from lightning_safety.monitoring import projection, subspace
+from lightning_safety.monitoring.projection import Projection, project_checkpoint
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 
@@ -34,8 +36,8 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def project(folders: dict[str, Path], output: Path, **options: Any) -> tuple[float, dict[str, Tensor]]:
-    kept = project_checkpoint(*folders.values(), output, show_progress=False, **options)
-    return kept, weights(output)
+    done = project_checkpoint(*folders.values(), output, show_progress=False, **options)
+    return done.energy_kept, weights(output)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -89,6 +91,60 @@ def test_controls_are_seeded_and_differ(tmp_path: Path, folders: dict[str, Path]
     assert moved[1] > moved[0]
 
 
+def low_rank(folder: Path, rows: int, columns: int, dtype: torch.dtype, tail: float = 0.0) -> list[Path]:
+    """Checkpoints of one matrix whose alignment update is of rank 3 but for rounding and a tail."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    base = (16 * noise(rows, columns)).to(dtype).double()
+    aligned = base + noise(rows, 3) @ noise(3, columns) + tail * noise(rows, columns)
+    found = []
+    for name, weight in {"base": base, "aligned": aligned, "finetuned": aligned + noise(rows, columns)}.items():
+        (folder / name).mkdir()
+        save_file({"a.weight": weight.to(dtype)}, folder / name / "model.safetensors")
+        found.append(folder / name)
+    return found
+
+
+@pytest.mark.parametrize("directions", ["top", "random", "random_own"])
+def test_controls_have_the_rank_of_the_leading_directions(tmp_path: Path, directions: Any) -> None:
+    checkpoints = low_rank(tmp_path, 40, 24, torch.float32)
+    done = project_checkpoint(*checkpoints, tmp_path / "out", kind="parallel", directions=directions)
+    assert done == Projection(done.energy_kept, matrices=1, capped=1, approximated=0)
+    moved = weights(tmp_path / "out")["a.weight"].double() - weights(checkpoints[1])["a.weight"].double()
+    # Rounding of float32 weights is no direction of the update, although differences are taken in float64.
+    assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 3
+
+
+def test_float64_checkpoints_keep_their_precision(tmp_path: Path) -> None:
+    done = project_checkpoint(*low_rank(tmp_path, 40, 24, torch.float64, tail=1e-6), tmp_path / "out")
+    assert done.capped == 0
+
+
+@pytest.mark.parametrize("directions", ["top", "random", "random_own"])
+def test_sampled_decompositions_are_counted(tmp_path: Path, directions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subspace, "LARGEST_EXACT", 64)
+    monkeypatch.setattr(projection, "LARGEST_EXACT", 64)
+    checkpoints = low_rank(tmp_path, 200, 160, torch.float32, tail=0.01)
+    done = project_checkpoint(*checkpoints, tmp_path / "out", kind="parallel", fraction=0.1, directions=directions)
+    assert done == Projection(done.energy_kept, matrices=1, capped=0, approximated=1)
+    moved = weights(tmp_path / "out")["a.weight"].double() - weights(checkpoints[1])["a.weight"].double()
+    assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 16
+
+
+@pytest.mark.parametrize("directions", ["top", "random", "random_own"])
+def test_alignment_that_did_not_move_has_no_directions(
+    tmp_path: Path, folders: dict[str, Path], directions: Any
+) -> None:
+    done = project_checkpoint(
+        folders["aligned"], folders["aligned"], folders["finetuned"], tmp_path / "out", directions=directions
+    )
+    assert done.energy_kept == 1
+    assert done.capped == done.matrices > 0
+
+
 def test_the_folder_is_a_model(tmp_path: Path, folders: dict[str, Path]) -> None:
     project(folders, tmp_path / "out")
     model = load_causal_lm(tmp_path / "out")
@@ -122,8 +178,6 @@ def test_bad_input_leaves_nothing(tmp_path: Path, folders: dict[str, Path]) -> N
     file = folders["finetuned"] / "model.safetensors"
     broken = weights(folders["finetuned"])
     broken[next(iter(broken))].fill_(float("nan"))
-    from safetensors.torch import save_file
-
     save_file(broken, file)
     with pytest.raises(ValueError, match="expected to be finite"):
         project(folders, tmp_path / "out")
