@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from torch import Tensor
 from lightning_safety.arguments import check_fraction
 from lightning_safety.callbacks.monitor import Check
 from lightning_safety.callbacks.prompt_monitor import PromptMonitor
+from lightning_safety.drawing import check_matplotlib, has_matplotlib
 from lightning_safety.monitoring import (
     PromptSource,
     check_layers,
@@ -101,7 +101,7 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
 
     def __init__(
         self,
-        every_n_steps: int | None = 100,
+        every_n_steps: int | None = 200,
         every_n_epochs: int | None = None,
         *,
         at_start: bool = True,
@@ -159,12 +159,9 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
         for name, examples in self._examples.items():
             if len(examples) < 2:
                 raise ValueError(f"`{name}` expected to hold at least 2 prompts but got 1: it has no spread.")
-        self._draws = bool(self.figures is not False and importlib.util.find_spec("matplotlib"))
-        if self.figures and not self._draws:
-            raise ModuleNotFoundError(
-                "`figures` needs matplotlib, which is not installed. Install it with "
-                "`pip install 'lightning-safety[report]'`, or pass `figures=False`."
-            )
+        self._draws = self.figures is not False and has_matplotlib()
+        if self.figures:
+            check_matplotlib("`figures=True`", "pass `figures=False`")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check before the first step, or else take the directions of the start in silence."""

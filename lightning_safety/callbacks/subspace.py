@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from lightning_safety.callbacks.choice import TwoPrompts
 from lightning_safety.callbacks.log import leaves_files, run_folder
 from lightning_safety.callbacks.monitor import Check, SafetyMonitor
 from lightning_safety.callbacks.together import check_no_adapters
+from lightning_safety.drawing import check_matplotlib, has_matplotlib
 from lightning_safety.language import find_language_model, find_tokenizer
 from lightning_safety.monitoring.references import (
     alignment_bases,
@@ -103,7 +103,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
 
     def __init__(
         self,
-        every_n_steps: int | None = 100,
+        every_n_steps: int | None = 200,
         every_n_epochs: int | None = None,
         *,
         at_start: bool = False,
@@ -162,12 +162,9 @@ class SubspaceOverlapMonitor(SafetyMonitor):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Look for matplotlib, so that a missing one stops the run before it begins."""
         super().setup(trainer, pl_module, stage)
-        self._draws = bool(self.figures is not False and importlib.util.find_spec("matplotlib"))
-        if self.figures and not self._draws:
-            raise ModuleNotFoundError(
-                "`figures` needs matplotlib, which is not installed. Install it with "
-                "`pip install 'lightning-safety[report]'`, or pass `figures=False`."
-            )
+        self._draws = self.figures is not False and has_matplotlib()
+        if self.figures:
+            check_matplotlib("`figures=True`", "pass `figures=False`")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the start weights and find the subspaces, or open those of the fit that goes on."""

@@ -31,6 +31,7 @@ def subspace(
     """
     from pathlib import Path
 
+    from lightning_safety.drawing import check_matplotlib
     from lightning_safety.files import replace_atomically
     from lightning_safety.monitoring.drift import (
         compare_checkpoints,
@@ -39,10 +40,10 @@ def subspace(
         write_drift,
         write_summaries,
     )
-    from lightning_safety.monitoring.drift_figure import check_matplotlib, draw_drift
+    from lightning_safety.monitoring.drift_figure import draw_drift
     from lightning_safety.monitoring.updates import PAPER_ENERGIES
 
-    check_matplotlib()
+    check_matplotlib("The figure")
     rows = compare_checkpoints(
         base, aligned, finetuned, other, energies=energies or PAPER_ENERGIES, include=include or "*"
     )

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lightning_safety.drawing import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -23,17 +25,9 @@ def draw_activation_overlap(comparisons: Mapping[int, LayerComparison]) -> Figur
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The figure needs matplotlib, which is not installed."
-            " Install it with `pip install 'lightning-safety[report]'`."
-        ) from error
-    figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 3.6)
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
     layers = sorted(comparisons)
     for name, label, colour, marker in _CURVES:

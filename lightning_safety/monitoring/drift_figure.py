@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from lightning_safety.drawing import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,15 +14,6 @@ if TYPE_CHECKING:
     from lightning_safety.monitoring.drift import DriftSummary
 
 _QUANTITIES = {"overlap": "subspace overlap", "energy_kept": "energy kept"}
-
-
-def check_matplotlib() -> None:
-    """Raise ModuleNotFoundError unless there is matplotlib, for callers that draw after long work."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            "The figure needs matplotlib, which is not installed. Install it with "
-            "`pip install 'lightning-safety[report]'`."
-        )
 
 
 def draw_drift(summaries: Sequence[DriftSummary], pair: str) -> Figure:
@@ -36,15 +28,10 @@ def draw_drift(summaries: Sequence[DriftSummary], pair: str) -> Figure:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = [one for one in summaries if one.pair == pair]
     energies = sorted({one.energy for one in found})
     middle = energies[len(energies) // 2]
-    figure = Figure(figsize=(11, 8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 8)
     panels = figure.subplots(2, 2, sharex="col")
     for (by_energy, by_layer), (quantity, label) in zip(panels, _QUANTITIES.items(), strict=True):
         for group in dict.fromkeys(one.group for one in found if one.group.startswith("component ")):

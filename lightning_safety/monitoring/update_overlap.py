@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_safety.drawing import new_figure
 from lightning_safety.monitoring.cores import map_over_cores
 from lightning_safety.monitoring.subspace import as_matrices, check_matrix, random_overlap, subspace_overlap
 from lightning_safety.monitoring.subspace_file import SubspaceFile
@@ -134,12 +135,8 @@ def draw_update_overlap(found: UpdateOverlap) -> Figure:
 
     No global state of matplotlib is touched.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = found.by("component")
-    figure = Figure(figsize=(2.5 + 0.9 * len(groups), 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.5 + 0.9 * len(groups), 6, dpi=120)
     width = 0.8 / len(found.kinds)
     for axes, name, title in zip(
         figure.subplots(2, 1), ("subspace_overlap", "energy_kept"), ("subspace overlap", "energy kept"), strict=True

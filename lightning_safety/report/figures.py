@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_safety.drawing import new_figure
 from lightning_safety.report.colours import DARK, LIGHT, Colours
 from lightning_safety.report.panels import Line, Panel
 from lightning_safety.report.words import number
@@ -92,12 +93,9 @@ def draw_panel(panel: Panel, colours: Colours) -> Figure:
 
     The legend is the page's, where names of any script can be read and are text.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained", facecolor=colours.card)
-    FigureCanvasAgg(figure)
+    figure = new_figure(*_SIZE, dpi=_DPI, background=colours.card)
     axes = figure.subplots()
     axes.set_facecolor(colours.card)
     # Controls first: what was measured lies on top.

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_safety.drawing import new_figure
 from lightning_safety.files import replace_atomically
 
 if TYPE_CHECKING:
@@ -64,26 +65,13 @@ def heatmap_figure(description: MaskDescription, style: HeatmapStyle | None = No
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`heatmap` needs matplotlib, which is not installed."
-            " Install it with `pip install 'lightning-safety[report]'`."
-        ) from error
     style = style or HeatmapStyle()
     layers = [row.group for row in description.layers]
     components = [row.group for row in description.components]
     width, height = style.cell
-    # Constrained layout keeps labels of any length inside of the figure.
-    figure = Figure(
-        figsize=(2.8 + width * len(components), 1.9 + height * len(layers)),
-        dpi=style.dpi,
-        layout="constrained",
-        facecolor=style.background,
+    figure = new_figure(
+        2.8 + width * len(components), 1.9 + height * len(layers), dpi=style.dpi, background=style.background
     )
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_facecolor(style.background)
     image = _draw_cells(axes, description, layers, components, style)
