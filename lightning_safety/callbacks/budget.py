@@ -11,7 +11,6 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_safety.arguments import check_positive, closest
 from lightning_safety.callbacks.budget_texts import (
-    monitors_of,
     what_bars_a_budget,
     what_can_be_detected,
     what_is_weak,
@@ -23,7 +22,7 @@ from lightning_safety.callbacks.budget_texts import (
 from lightning_safety.callbacks.enhancement import SafetyEnhancementTuning
 from lightning_safety.callbacks.last_good import LastGoodWeights
 from lightning_safety.callbacks.log import leaves_files
-from lightning_safety.callbacks.monitor import Check, SafetyListener, SafetyMonitor
+from lightning_safety.callbacks.monitor import Check, SafetyListener, SafetyMonitor, monitors_of
 from lightning_safety.callbacks.planned_checks import count_planned_checks
 from lightning_safety.callbacks.strategies import check_strategy
 from lightning_safety.monitoring.paired import check_alpha, check_margin

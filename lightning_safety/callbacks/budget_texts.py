@@ -8,7 +8,7 @@ from collections.abc import Collection
 import pytorch_lightning as pl
 
 from lightning_safety.arguments import closest
-from lightning_safety.callbacks.monitor import SafetyMonitor
+from lightning_safety.callbacks.monitor import monitors_of
 from lightning_safety.monitoring.repeated import Comparison, RepeatedComparison
 
 _DOES = {
@@ -16,11 +16,6 @@ _DOES = {
     "stop": "stops the fit",
     "rollback": "restores the last good weights and stops the fit",
 }
-
-
-def monitors_of(trainer: pl.Trainer) -> list[SafetyMonitor]:
-    """Return the monitors among the trainer's callbacks."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, SafetyMonitor)]  # type: ignore[attr-defined]
 
 
 def what_bars_a_budget(trainer: pl.Trainer, metric: str, rolling_back: int) -> str | None:

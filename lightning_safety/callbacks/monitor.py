@@ -238,10 +238,9 @@ class SafetyMonitor(pl.Callback, ABC):
 
     def _end_hook(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell listeners, where this is the last monitor in the list, that all have looked."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if self is not [callback for callback in callbacks if isinstance(callback, SafetyMonitor)][-1]:
+        if self is not monitors_of(trainer)[-1]:
             return
-        for callback in callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SafetyListener):
                 callback.on_safety_checks_end(trainer, pl_module)
 
@@ -252,6 +251,11 @@ class SafetyMonitor(pl.Callback, ABC):
             identity = {"monitor": type(self).__name__, "run": self._run, "stage": stage, "step": trainer.global_step}
             # Only a fit comes to the same check again, when it is resumed; each `validate` and `test` is a new one.
             self.write(run_folder(trainer), check, identity, identity if stage == "fit" else None)
+
+
+def monitors_of(trainer: pl.Trainer) -> list[SafetyMonitor]:
+    """Return the monitors among the trainer's callbacks."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, SafetyMonitor)]  # type: ignore[attr-defined]
 
 
 def _ends_fit(trainer: pl.Trainer, ends_epoch: bool) -> bool:

@@ -73,20 +73,9 @@ class UpdatePair:
         for energy in energies:
             update, reference = self.update.rank_keeping(energy), self.reference.rank_keeping(energy)
             both = bool(update and reference)
-            overlap = float(summed[reference - 1, update - 1]) / min(update, reference) if both else float("nan")
+            shared = float(summed[reference - 1, update - 1]) if both else 0.0
             inside = float(kept[reference - 1]) if reference else 0.0
-            some = self.update.total > 0
-            found.append(
-                UpdateComparison(
-                    energy,
-                    update,
-                    reference,
-                    overlap,
-                    random_overlap(update, reference, self.rows),
-                    inside / self.update.total if some else float("nan"),
-                    reference / self.rows if some else float("nan"),
-                )
-            )
+            found.append(_comparison(energy, (update, reference), self.rows, shared, inside, self.update.total))
         return found
 
 
@@ -110,17 +99,8 @@ def compare_to_bases(update: Tensor, bases: Mapping[str, Tensor], energy: float)
         vectors = basis.to(directions)
         inside = vectors.T @ exact
         cosines = vectors.T @ directions if spectrum.on_left else inside @ directions
-        smaller = min(rank, vectors.shape[1])
-        some = spectrum.total > 0
-        found[name] = UpdateComparison(
-            energy,
-            rank,
-            vectors.shape[1],
-            float(cosines.square().sum()) / smaller if smaller else float("nan"),
-            random_overlap(rank, vectors.shape[1], len(vectors)),
-            float(inside.square().sum()) / spectrum.total if some else float("nan"),
-            vectors.shape[1] / len(vectors) if some else float("nan"),
-        )
+        shared, kept = float(cosines.square().sum()), float(inside.square().sum())
+        found[name] = _comparison(energy, (rank, vectors.shape[1]), len(vectors), shared, kept, spectrum.total)
     return found
 
 
@@ -187,6 +167,23 @@ def compare_several_updates(
             kept = across.square().sum(dim=1)
         found.append(UpdatePair(shape[0], update_spectrum, reference_spectrum, cosines.square(), kept, inner[pair]))
     return found
+
+
+def _comparison(
+    energy: float, ranks: tuple[int, int], rows: int, shared: float, inside: float, total: float
+) -> UpdateComparison:
+    """Make a comparison of the sum of squared cosines, and of the update's energy inside the reference and at all."""
+    update, reference = ranks
+    smaller = min(ranks)
+    return UpdateComparison(
+        energy,
+        update,
+        reference,
+        shared / smaller if smaller else float("nan"),
+        random_overlap(update, reference, rows),
+        inside / total if total else float("nan"),
+        reference / rows if total else float("nan"),
+    )
 
 
 def _zeros(side: int) -> Tensor:
