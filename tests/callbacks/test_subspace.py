@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the subspace monitor measures, against the same by hand; and that it leaves a fit alone, ."""
+"""What the subspace monitor measures, against the same by hand; and that it leaves a fit alone."""
 
 from __future__ import annotations
 
