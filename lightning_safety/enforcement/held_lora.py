@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holding selected base weights still under LoRA: the adapters' product acts everywhere but there."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_safety.enforcement.adapters import (
+    AdaptedLayer,
+    check_adapters_at_start,
+    selected_adapted_layers,
+)
+from lightning_safety.enforcement.matrix_entries import MatrixEntries, add_sparse_product, entries_of_product
+from lightning_safety.scoring.mask import SafetyMask
+
+# The holder that acts on a layer, so that no second one takes the product out twice.
+_HOLDER = "_lightning_safety_held_lora"
+
+
+class HeldLora:
+    r"""Holds the selected base weights of LoRA layers at their values, in effect and after a merge.
+
+    A layer with adapters computes :math:`y = W x + s\, B A \tilde x`, with x̃ the input after dropout. Freezing W holds
+    nothing: the effective weight is :math:`W + s\, B A`. From `attach` on the layers compute
+
+    .. math:: y = W x + s\, B A \tilde x - s\, (M \odot B A)\, \tilde x
+
+    with M one at the selected weights, gradients of A, B and x included. So the effective weight is W there, whatever A
+    and B become. Memory is needed for the places of the entries, and time for sparse products.
+
+    The products stay part of the model: without them its adapters do something else. So save such a model with
+    `save_held_adapter`, load it with `load_held_adapter` and merge it with `merge_held_adapter`.
+
+    Args:
+        mask: The base weights to hold, by canonical parameter name.
+
+    Example:
+        >>> import peft, torch
+        >>> from tests.tiny import make_tiny_model
+        >>> model = peft.get_peft_model(make_tiny_model(), peft.LoraConfig(target_modules=["v_proj"]))
+        >>> name = "model.layers.0.self_attn.v_proj.weight"
+        >>> mask = SafetyMask({name: torch.tensor([0, 7])}, {name: (16, 32)})
+        >>> holder = HeldLora(mask).attach(model)
+        >>> holder.layers
+        1
+        >>> elsewhere = "model.layers.0.self_attn.k_proj.weight"
+        >>> HeldLora(SafetyMask({elsewhere: torch.tensor([0])}, {elsewhere: (16, 32)})).attach(model)
+        Traceback (most recent call last):
+        ...
+        ValueError: `mask` expected to select weights of layers that have adapters but selects none there: ...
+    """
+
+    def __init__(self, mask: SafetyMask) -> None:
+        self.mask = mask
+        self._model: nn.Module | None = None
+        self._held: list[_HeldLayer] = []
+
+    def attach(self, model: nn.Module, *, continued: bool = False) -> Self:
+        """Hold from here on.
+
+        Where a holder with an equal mask acts on the model already, this one takes its place.
+
+        Args:
+            model: A causal language model with LoRA layers inside, or a wrapper of it.
+            continued: Whether the adapters were trained while the same weights were held. Otherwise they must not have
+                begun to train.
+
+        Raises:
+            ValueError: The mask does not fit the model or selects nothing in layers with adapters; an adapter is of a
+                kind that cannot be held, is merged, or adds something to the base already; or other weights of the
+                model are held.
+        """
+        self.release()
+        self.mask.check_model(model)
+        layers = selected_adapted_layers(model, self.mask)
+        holders = _holders(model)
+        for holder in holders:
+            if holder.mask != self.mask:
+                raise ValueError(
+                    f"`mask` expected to be the one that the adapters of the model are held by but it selects other"
+                    f" weights ({self.mask} instead of {holder.mask}). Merge the held adapter first"
+                    " (`merge_held_adapter`), or pass the same mask."
+                )
+        if not continued and not holders:
+            check_adapters_at_start(model, layers)
+        for holder in holders:
+            holder.release()
+        self._model = model
+        self._held = [_HeldLayer(adapted, self) for adapted in layers]
+        return self
+
+    @property
+    def layers(self) -> int:
+        """Number of layers that are held."""
+        return len(self._held)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the places of the held entries, in bytes."""
+        return sum(held.entries.bytes for held in self._held)
+
+    def check(self) -> None:
+        """Make sure that no adapter of the held layers was added, removed or merged since `attach`.
+
+        Raises:
+            RuntimeError: One was, so that weights may have moved.
+        """
+        if self._model is None:
+            return
+        present = {adapted.path: adapted.adapters for adapted in selected_adapted_layers(self._model, self.mask)}
+        for held in self._held:
+            before, now = held.adapters, present.pop(held.adapted.path, [])
+            if before != now:
+                raise RuntimeError(_changed(held.adapted.name, before, now))
+        for path, adapters in present.items():
+            raise RuntimeError(_changed(path, [], adapters))
+
+    def release(self) -> None:
+        """Remove every hook: the adapters act on all weights again. Releasing twice does nothing."""
+        for held in self._held:
+            held.release()
+        self._held, self._model = [], None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def held_mask(model: nn.Module) -> SafetyMask | None:
+    """Return the mask by which the adapters of `model` are held, None where they are not."""
+    return next((holder.mask for holder in _holders(model)), None)
+
+
+class _HeldLayer:
+    """The hooks on one layer. They sit inside of it, so that peft's scaling and dropout stay peft's."""
+
+    def __init__(self, adapted: AdaptedLayer, holder: HeldLora) -> None:
+        self.adapted = adapted
+        self.adapters = adapted.adapters
+        device = adapted.layer.lora_A[self.adapters[0]].weight.device
+        self.entries = MatrixEntries.from_indices(adapted.indices.to(device), adapted.shape)
+        self._inputs: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        for adapter in self.adapters:
+            self._watch(adapter, adapted.layer.lora_A[adapter], adapted.layer.lora_B[adapter])
+        setattr(adapted.layer, _HOLDER, holder)
+
+    def release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if hasattr(self.adapted.layer, _HOLDER):
+            delattr(self.adapted.layer, _HOLDER)
+
+    def _watch(self, adapter: str, down: nn.Module, up: nn.Module) -> None:
+        # Methods, not closures: a deep copy of the model gets hooks of its own.
+        self._handles += [
+            down.register_forward_pre_hook(partial(self._keep, adapter)),
+            up.register_forward_hook(partial(self._take_out, adapter, down)),
+        ]
+
+    def _keep(self, adapter: str, down: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # noqa: ARG002
+        self._inputs[adapter] = inputs[0]
+
+    def _take_out(
+        self,
+        adapter: str,
+        down: nn.Module,
+        up: nn.Module,
+        inputs: tuple[Tensor, ...],  # noqa: ARG002
+        output: Tensor,
+    ) -> Tensor:
+        self.entries = self.entries.to(output.device)
+        # peft multiplies by the scaling afterwards, so the product is taken out unscaled.
+        values = entries_of_product(_weight(up), _weight(down), self.entries)
+        return add_sparse_product(output, self._inputs.pop(adapter), values, self.entries, -1.0)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _holders(model: nn.Module) -> list[HeldLora]:
+    """Return the holders that act on layers of `model`, each once."""
+    found = {id(holder): holder for module in model.modules() if (holder := getattr(module, _HOLDER, None)) is not None}
+    return list(found.values())
+
+
+def _changed(name: str, before: list[str], now: list[str]) -> str:
+    return (
+        f"Adapters of `{name}` expected to stay as they were when holding began ({before or 'none'}) but are"
+        f" {now or 'gone'} now: what was added acts on held weights too. Add every adapter before the fit starts, and"
+        " merge after it with `merge_held_adapter`."
+    )
