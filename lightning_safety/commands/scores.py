@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from lightning_safety.scoring import MixtureLayout, RouterLoad, SafetyMask, SafetyObjective
 
 ObjectiveName = Literal["refusal_margin", "refusal_likelihood", "guard_judged"]
 
@@ -25,6 +28,8 @@ def score(
     batch_size: int = 8,
     dtype: str = "float32",
     gguf_file: str | None = None,
+    experts: list[str] | None = None,
+    routers: list[str] | None = None,
 ) -> None:
     """Score every weight of a model by its Expected Safety Impact and save the mask of the highest.
 
@@ -45,14 +50,15 @@ def score(
         batch_size: Examples in one forward pass; changes memory and time only.
         dtype: The type to load the weights in.
         gguf_file: The name of a GGUF file inside the folder or hub repository.
+        experts: For a mixture of experts of no known family: patterns of the modules that hold experts.
+        routers: Patterns of the modules that choose among these; they are never scored.
     """
     from lightning_safety.language import load_causal_lm, load_tokenizer
     from lightning_safety.scoring import (
         GuardJudgedSafety,
+        MixtureLayout,
         RefusalLikelihood,
         RefusalMargin,
-        SafetyMask,
-        SafetyObjective,
         expected_safety_impact,
         select_random,
         select_top,
@@ -79,23 +85,43 @@ def score(
         else:
             written = RefusalLikelihood if name == "refusal_likelihood" else RefusalMargin
             objectives[name] = written(examples, split=split, limit=limit)
+    mixture = None if experts is None and routers is None else MixtureLayout(experts or [], routers or [])
+    described = {"model": model, **(mixture.describe() if mixture is not None else {})}
     language_model = load_causal_lm(model, dtype=dtype, gguf_file=gguf_file)
     tokenizer = load_tokenizer(model, gguf_file=gguf_file)
     masks: dict[str, SafetyMask] = {}
     samples = {}
     for name, chosen in objectives.items():
         scores = expected_safety_impact(
-            language_model, chosen, tokenizer, batch_size=batch_size, reduction=reduction, scale=scale
+            language_model, chosen, tokenizer, batch_size=batch_size, reduction=reduction, scale=scale, mixture=mixture
         )
-        masks[name] = select_top(scores, fraction, metadata={"model": model, **chosen.describe()})
+        masks[name] = select_top(scores, fraction, metadata={**described, **chosen.describe()})
         if compare:
             samples[name] = sample_scores(scores)
         if compare and name == names[-1]:
             masks["random"] = select_random(scores, fraction, seed=0)
     mask = masks[objective]
     mask.save(output)
-    print(objective_comparison(masks, samples) if compare else mask.describe().table())
+    if compare:
+        print(objective_comparison(masks, samples))
+    else:
+        print(mask.describe(_router_load(mask, language_model, objectives[objective], tokenizer, mixture)).table())
     print(f"\n{mask.count:,} of {mask.scored:,} scored weights selected. Mask: {output}")
+
+
+def _router_load(
+    mask: SafetyMask, model: Any, objective: SafetyObjective, tokenizer: Any, mixture: MixtureLayout | None
+) -> RouterLoad | None:
+    """Return the load of a mixture of experts; None for a dense model, and with a line for one that hides it."""
+    from lightning_safety.scoring import measure_router_load
+
+    if not mask.describe().experts:
+        return None
+    try:
+        return measure_router_load(model, objective, tokenizer, mixture=mixture)
+    except ValueError as error:
+        print(f"Router load is left out: {error}\n")
+        return None
 
 
 def mask_describe(file: str, heatmap: str | None = None) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_safety.language.find import named_weights
+from lightning_safety.language.quantized import is_quantized_weight
 from lightning_safety.scoring.mask import SafetyMask
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -66,18 +67,35 @@ def count_different_bits(left: Tensor, right: Tensor) -> int:
     return int((left.view(integer) != right.view(integer)).sum())
 
 
-def selected_parameters(model: torch.nn.Module, mask: SafetyMask) -> list[tuple[str, torch.nn.Parameter, Tensor]]:
+def selected_parameters(
+    model: torch.nn.Module, mask: SafetyMask, *, skip_quantized: bool = False
+) -> list[tuple[str, torch.nn.Parameter, Tensor]]:
     """Return (name, parameter, flat indices on the parameter's device) of each tensor with a selected entry.
 
+    Args:
+        model: The causal language model, or a wrapper of it.
+        mask: Selects the entries.
+        skip_quantized: Whether to leave out quantised weights, whose entries are packed.
+
     Raises:
-        ValueError: A tensor of the mask is not in the model or has another shape. The message lists close names.
+        ValueError: A tensor of the mask is not in the model or has another shape (the message lists close names), or is
+            quantised and not to be left out.
     """
     mask.check_model(model)
-    weights = named_weights(model)
+    weights = {name: weight for name, weight in named_weights(model).items() if name in mask.indices}
+    quantized = {
+        name for name, weight in weights.items() if is_quantized_weight(weight) or not weight.is_floating_point()
+    }
+    selected = [name for name, indices in mask.indices.items() if indices.numel()]
+    packed = [name for name in selected if name in quantized]
+    if packed and not skip_quantized:
+        raise ValueError(
+            f"`mask` expected to select floating-point weights but {len(packed)} of its tensors are quantised in the"
+            f" model, for instance `{packed[0]}`: their entries are packed and cannot be read or written one by one."
+            " Load the model unquantised, for instance with `load_causal_lm(…, dtype=torch.bfloat16)`."
+        )
     return [
-        (name, weights[name], indices.to(weights[name].device))
-        for name, indices in mask.indices.items()
-        if indices.numel()
+        (name, weights[name], mask.indices[name].to(weights[name].device)) for name in selected if name not in quantized
     ]
 
 

@@ -55,7 +55,8 @@ class WeightHolder:
         """Hold the weights of `model` at their present values through the steps of `optimizers`.
 
         The parameters are looked up by name here, so that a holder can be attached again after a model was wrapped,
-        moved or loaded. Frozen parameters, tied ones and those in no optimizer are held as well.
+        moved or loaded. Frozen parameters, tied ones and those in no optimizer are held as well. Quantised weights are
+        left alone: no optimizer trains them.
 
         Args:
             model: The causal language model, or a wrapper of it, that the mask was made for.
@@ -74,10 +75,9 @@ class WeightHolder:
             check_reports_steps(optimizer)
         self._held = [
             _HeldTensor(name, parameter, indices, gather_entries(parameter, indices))
-            for name, parameter, indices in selected_parameters(model, self.mask)
+            for name, parameter, indices in selected_parameters(model, self.mask, skip_quantized=True)
         ]
-        # The integer weights of a quantised model take no gradient.
-        self._handles = [held.watch_gradient() for held in self._held if held.parameter.is_floating_point()]
+        self._handles = [held.watch_gradient() for held in self._held]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         return self
 

@@ -9,12 +9,22 @@ from lightning_safety.language.generation import generate_replies
 from lightning_safety.language.likelihood import response_log_probabilities, response_logits
 from lightning_safety.language.load import BUNDLED_MODEL, load_causal_lm, load_tokenizer
 from lightning_safety.language.modes import evaluation_mode
+from lightning_safety.language.quantized import (
+    check_quantization_supported,
+    dequantized_weight,
+    is_quantized_weight,
+    keep_unpacked,
+    quantized_layers,
+    weight_shape,
+)
 from lightning_safety.language.save import save_language_model
 from lightning_safety.language.tokenizer import find_tokenizer, pad_token_id
 
 __all__ = [
     "BUNDLED_MODEL",
     "canonical_name",
+    "check_quantization_supported",
+    "dequantized_weight",
     "encode_example",
     "encode_prompt",
     "end_of_turn_id",
@@ -22,11 +32,15 @@ __all__ = [
     "find_language_model",
     "find_tokenizer",
     "generate_replies",
+    "is_quantized_weight",
+    "keep_unpacked",
     "load_causal_lm",
     "load_tokenizer",
     "named_weights",
     "pad_token_id",
+    "quantized_layers",
     "response_log_probabilities",
     "response_logits",
     "save_language_model",
+    "weight_shape",
 ]

@@ -12,6 +12,8 @@ from lightning_safety.arguments import closest
 
 _LEADING_WRAPPERS = (("_orig_mod",), ("module",), ("base_model", "model"))
 _INNER_WRAPPERS = ("_orig_mod", "base_layer")
+_TRAINED_COPIES = "modules_to_save"
+_ORIGINAL = ".original_module."
 _MODULES_LISTED = 12
 
 
@@ -19,11 +21,15 @@ def canonical_name(name: str) -> str:
     """Return a parameter name without what torch.compile, DDP and PEFT put into it.
 
     Removed are leading ``module.`` and ``base_model.model.``, and ``_orig_mod.`` and ``.base_layer`` anywhere, however
-    they are nested. A mask made on a bare model thus fits the same model compiled, distributed or under LoRA.
+    they are nested. A mask made on a bare model thus fits the same model compiled, distributed or under LoRA. The copy
+    of a module that PEFT trains whole (``modules_to_save``) has the name of the module; the original, which is not in
+    use, keeps ``original_module`` in its name.
 
     Example:
         >>> canonical_name("module._orig_mod.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
         'model.layers.0.self_attn.q_proj.weight'
+        >>> canonical_name("base_model.model.lm_head.modules_to_save.default.weight")
+        'lm_head.weight'
         >>> canonical_name("model.base_layers.0.module.weight")
         'model.base_layers.0.module.weight'
     """
@@ -34,11 +40,17 @@ def canonical_name(name: str) -> str:
         for wrapper in _LEADING_WRAPPERS:
             if len(parts) > len(wrapper) and tuple(parts[: len(wrapper)]) == wrapper:
                 parts, stripped = parts[len(wrapper) :], True
+    # The name of the adapter follows.
+    while _TRAINED_COPIES in parts[:-1]:
+        start = parts.index(_TRAINED_COPIES)
+        parts = parts[:start] + parts[start + 2 :]
     return ".".join(parts[:1] + [part for part in parts[1:] if part not in _INNER_WRAPPERS])
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters by canonical name, in ``named_parameters()`` order; tied ones once.
+
+    Of a module that PEFT trains whole, the trained copy is returned and not the original, which is not in use.
 
     Raises:
         ValueError: Two parameters have the same canonical name.
@@ -49,10 +61,12 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         if canonical in weights:
             raise ValueError(
                 f"`model` expected to have one parameter named {canonical!r} but {name!r} is a second one. "
-                "Pass the language model itself, as `find_language_model` returns it."
+                "Pass the language model itself, as `find_language_model` returns it, and with one adapter that has "
+                "`modules_to_save`."
             )
         weights[canonical] = parameter
-    return weights
+    unused = {name for name in weights if _ORIGINAL in name and name.replace(_ORIGINAL, ".") in weights}
+    return {name: parameter for name, parameter in weights.items() if name not in unused}
 
 
 def find_language_model(module: nn.Module, name: str | None = None) -> nn.Module:

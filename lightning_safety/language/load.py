@@ -12,6 +12,14 @@ import torch
 
 from lightning_safety.arguments import closest
 from lightning_safety.language.gguf import bundled_file, check_reader, restore_pre_tokenizer, tidy_model
+from lightning_safety.language.quantization import (
+    Quantization,
+    check_dense,
+    check_quantization,
+    quantization_arguments,
+    quantize,
+    settle,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +48,7 @@ def load_causal_lm(
     source: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = None,
+    quantization: Quantization | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -51,32 +60,45 @@ def load_causal_lm(
             id.)
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or the torch dtype. None: as stored;
             a quantised GGUF gives float32.
+        quantization: ``"nf4"``: linear layers become 4-bit NormalFloat with double quantisation, computing in `dtype`
+            (QLoRA, arXiv 2305.14314). ``"int8"``: 8 bits (LLM.int8(), arXiv 2208.07339). Both by bitsandbytes; the
+            output head and embeddings stay as they are. Such a base is for adapters: its own weights cannot train.
         gguf_file: The name of the GGUF file in the folder or hub repository.
         trust_remote_code: Whether code from the hub repository may run.
 
     Returns:
-        An ordinary dense model that can be trained and saved, whatever it was loaded from. ``model.name_or_path`` is a
-        source from which this function and `load_tokenizer` load the same again (from the hub with `gguf_file`).
+        Without `quantization`, an ordinary dense model that can be trained and saved, whatever it was loaded from; only
+        a folder or repository that holds a quantised model gives one. ``model.name_or_path`` is a source from which
+        this function, with the same `quantization`, and `load_tokenizer` load the same again (from the hub with
+        `gguf_file`). 4-bit weights are kept as they are by `keep_unpacked`.
 
     Raises:
         FileNotFoundError: There is no such folder or file, or the hub id could not be loaded.
         ImportError: A package is missing; the message has the command that installs it.
-        ValueError: Unknown name or dtype; the message lists the closest.
+        ValueError: Unknown name, dtype or quantisation (the message lists the closest), or `quantization` of a model
+            that is stored quantised or in float64.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     wanted = _check_dtype(dtype)
+    check_quantization(quantization, wanted)
     origin = _find_origin(source, gguf_file)
     arguments: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
     if origin.gguf_file is not None:
         check_reader()
         arguments |= {"gguf_file": origin.gguf_file, **_unpacked()}
     try:
+        if quantization is not None and origin.gguf_file is None:
+            config = AutoConfig.from_pretrained(origin.location, trust_remote_code=trust_remote_code)
+            check_dense(config, quantization, wanted)
+            arguments |= quantization_arguments(quantization)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(origin.location, **arguments)
     except OSError as error:
         raise _not_loaded(origin, error) from error
     if origin.gguf_file is not None:
         tidy_model(model)
+        model = model if quantization is None else quantize(model, quantization)
+    settle(model, quantization)
     model.name_or_path = model.config._name_or_path = origin.name
     return model.eval()
 

@@ -21,7 +21,7 @@ from lightning_safety.monitoring.subspace import check_matrix
 from lightning_safety.monitoring.updates import PAPER_ENERGIES, UpdateComparison, UpdatePair, compare_several_updates
 from lightning_safety.progress import track
 from lightning_safety.scoring.components import COMPONENTS, component_of, layer_of
-from lightning_safety.scoring.describe import align_numbers
+from lightning_safety.scoring.shares import align_numbers
 
 _PART_ENTRIES = 1 << 20
 

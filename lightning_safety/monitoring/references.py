@@ -14,7 +14,7 @@ from lightning_safety.language.weight_files import WeightFiles, common_shapes
 from lightning_safety.monitoring.subspace import as_matrices, left_basis
 from lightning_safety.monitoring.subspace_file import SubspaceFile
 from lightning_safety.progress import track
-from lightning_safety.scoring import RefusalMargin, SafetyObjective, mean_gradients
+from lightning_safety.scoring import MixtureLayout, RefusalMargin, SafetyObjective, mean_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ def gradient_bases(
     batch_size: int = 8,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    mixture: MixtureLayout | None = None,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     """Return bases of the leading left singular directions of an objective's gradient, by matrix.
@@ -41,6 +42,7 @@ def gradient_bases(
         batch_size: Examples in one pass.
         include: Only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
+        mixture: Where the experts and routers of a mixture of experts are, if its family is not known.
         show_progress: Whether to show bars.
 
     Returns:
@@ -53,6 +55,7 @@ def gradient_bases(
         batch_size=batch_size,
         include=include,
         exclude=exclude,
+        mixture=mixture,
         show_progress=show_progress,
     )
     return _bases(gradients, energy, show_progress)

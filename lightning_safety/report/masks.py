@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_safety.scoring import SafetyMask
-from lightning_safety.scoring.describe import GroupShare, MaskDescription, ordered_components, ordered_layers
+from lightning_safety.scoring.describe import MaskDescription, ordered_components, ordered_layers
+from lightning_safety.scoring.shares import GroupShare
 
 _KEYS = ("layer", "component", "weights", "selected")
 

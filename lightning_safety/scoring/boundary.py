@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Block:
         name: The tensor.
         start: Flat index of the first entry.
         values: float32 [entries]; what is selected first is largest.
-        allowed: bool [entries], False where an entry may not be selected; None where all may.
+        allowed: bool [entries], False where an entry may not be selected; None where all may, and none is NaN.
     """
 
     name: str
@@ -39,24 +40,34 @@ class Candidates:
         scores: Floating-point tensors by name, at most 32 bits an entry.
         excluded: Sorted flat indices of entries that may not be selected, for some or all of the names.
         largest: Whether the largest scores come first, or the smallest.
+        unscored: By name, how many of a tensor's entries are NaN: these count as if they were not there.
     """
 
     scores: Mapping[str, Tensor]
     excluded: Mapping[str, Tensor]
     largest: bool = True
+    unscored: Mapping[str, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def scored(self) -> int:
-        """Number of entries, excluded ones too."""
-        return sum(score.numel() for score in self.scores.values())
+        """Number of entries that are not NaN, excluded ones too."""
+        return sum(score.numel() for score in self.scores.values()) - sum(self.unscored.values())
 
-    @property
+    @cached_property
     def excluded_count(self) -> int:
-        """Number of entries that may not be selected."""
-        return sum(self.excluded[name].numel() for name in self.scores if name in self.excluded)
+        """Number of scored entries that may not be selected."""
+        count = 0
+        for name, score in self.scores.items():
+            if name in self.excluded:
+                index = self.excluded[name]
+                count += index.numel()
+                if name in self.unscored:
+                    values = score.detach().reshape(-1)[index.to(score.device, torch.int64)]
+                    count -= int(values.isnan().sum())
+        return count
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all entries in tensor order, then flat order."""
+        """Yield all entries in tensor order, then flat order; those that are NaN are not allowed."""
         for name, score in self.scores.items():
             if not score.numel():
                 continue
@@ -69,18 +80,22 @@ class Candidates:
                     first, last = torch.searchsorted(excluded, ends).tolist()
                     allowed = torch.ones(values.shape, dtype=torch.bool, device=values.device)
                     allowed[(excluded[first:last] - start).to(values.device, torch.int64)] = False
+                if name in self.unscored:
+                    allowed = ~values.isnan() if allowed is None else allowed & ~values.isnan()
                 yield Block(name, start, self._ordered(values), allowed)
 
     def sample(self, size: int) -> Tensor:
-        """Return about `size` entries drawn with replacement, the same on every call and device. float32 [size]."""
+        """Return those of about `size` entries that are scored, the same on every call and device. float32 [drawn]."""
         generator = torch.Generator().manual_seed(0)
+        total = self.scored + sum(self.unscored.values())
         drawn = []
         for score in self.scores.values():
             if score.numel():
-                share = math.ceil(size * score.numel() / self.scored)
+                share = math.ceil(size * score.numel() / total)
                 places = torch.randint(score.numel(), (share,), generator=generator)
                 drawn.append(self._ordered(score.detach().reshape(-1)[places.to(score.device)]).cpu())
-        return torch.cat(drawn)
+        values = torch.cat(drawn)
+        return values[~values.isnan()] if self.unscored else values
 
     def _ordered(self, values: Tensor) -> Tensor:
         return values.float() if self.largest else -values.float()
@@ -108,7 +123,7 @@ def find_boundary(candidates: Candidates, count: int) -> Boundary:
     an eighth of it.
 
     Args:
-        candidates: At least `count` entries must be allowed, and none may be NaN.
+        candidates: At least `count` entries must be allowed, and `unscored` must count those that are NaN.
         count: How many to select, at least 1.
     """
     limit = candidates.scored // 8 + _SAMPLE_ENTRIES

@@ -9,14 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lightning_safety.scoring.describe import (
-    GroupShare,
-    align_numbers,
-    describe_mask,
-    ordered_components,
-    ordered_layers,
-)
+from lightning_safety.scoring.describe import describe_mask, ordered_components, ordered_layers
 from lightning_safety.scoring.mask import SafetyMask
+from lightning_safety.scoring.shares import GroupShare, align_numbers
 
 _SAMPLE = 1_000_000
 
@@ -52,8 +47,9 @@ def jaccard(first: SafetyMask, second: SafetyMask) -> float:
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation of two samples of scores of the same weights."""
-    return float(stats.spearmanr(first.numpy(), second.numpy()).statistic)
+    """Return Spearman's rank correlation of two samples of scores of the same weights, over those scored in both."""
+    both = ~(first.isnan() | second.isnan())
+    return float(stats.spearmanr(first[both].numpy(), second[both].numpy()).statistic)
 
 
 def objective_comparison(masks: Mapping[str, SafetyMask], samples: Mapping[str, Tensor]) -> str:

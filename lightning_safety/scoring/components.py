@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-COMPONENTS = ("q", "k", "v", "o", "qkv", "gate", "up", "gate+up", "down", "expert", "head")
+COMPONENTS = ("q", "k", "v", "kv", "o", "qkv", "gate", "up", "gate+up", "down", "expert", "head")
 """The components in the order in which tables show them. Weights of other names form components of their own."""
 
 _ATTENTION = {
-    "q": ("q_proj", "q_lin", "query", "wq", "q"),
+    "q": ("q_proj", "q_lin", "query", "wq", "q", "q_a_proj", "q_b_proj"),
     "k": ("k_proj", "k_lin", "key", "wk", "k"),
     "v": ("v_proj", "v_lin", "value", "wv", "v"),
+    "kv": ("kv_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     "o": ("o_proj", "out_proj", "out_lin", "dense", "c_proj", "wo", "o"),
     "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "qkv", "W_pack"),
 }
@@ -45,8 +46,8 @@ def component_of(name: str, shape: Sequence[int] = ()) -> str:
     last = parts[-1]
     if last in _HEAD:
         return "head"
-    # GPT-2 calls the output of both attention and MLP `c_proj`.
-    groups = (_ATTENTION, _FEED_FORWARD) if _in_attention(parts) else (_FEED_FORWARD, _ATTENTION)
+    # GPT-2 calls the output of both attention and MLP `c_proj`, and a gate inside of attention is no MLP's.
+    groups = (_ATTENTION,) if _in_attention(parts) else (_FEED_FORWARD, _ATTENTION)
     for group in groups:
         for component, names in group.items():
             if last in names:

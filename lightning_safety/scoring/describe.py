@@ -1,35 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in the model the selected weights are: shares and enrichment by component and by layer."""
+"""Where in the model the selected weights are: shares and enrichment by component, layer and expert."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lightning_safety.scoring.components import COMPONENTS, component_of, layer_of
+from lightning_safety.scoring.expert_shares import ExpertShare, expert_patterns, expert_shares, expert_table
+from lightning_safety.scoring.experts import expert_place
 from lightning_safety.scoring.mask import SafetyMask
+from lightning_safety.scoring.shares import HEADINGS, GroupShare, align_numbers, group_share, share_cells
 
-
-@dataclass(frozen=True)
-class GroupShare:
-    """How much of a mask lies in one group of weights.
-
-    Attributes:
-        group: The group's name: a component or a layer.
-        weights: Scored weights in the group.
-        selected: Selected weights in the group.
-        share: The group's share of all selected weights, in [0, 1]; NaN if nothing is selected at all.
-        enrichment: That share over the group's share of all scored weights: 1 where the group holds as many as a random
-            mask would, 2 where it holds twice as many.
-    """
-
-    group: str
-    weights: int
-    selected: int
-    share: float
-    enrichment: float
+if TYPE_CHECKING:
+    from lightning_safety.scoring.router_load import RouterLoad
 
 
 @dataclass(frozen=True)
@@ -38,21 +25,32 @@ class MaskDescription:
 
     Attributes:
         mask: The mask in one line.
-        components: By component (q, k, v, o, gate, up, down, expert, head), then others.
+        components: By component (q, k, v, kv, o, gate, up, down, expert, head), then others.
         layers: By layer, from the first to the output head.
         cells: By layer and component, for those pairs that have weights.
+        experts: By expert, in the order of the layers; empty in a dense model.
     """
 
     mask: str
     components: list[GroupShare]
     layers: list[GroupShare]
     cells: dict[tuple[str, str], GroupShare]
+    experts: list[ExpertShare] = field(default_factory=list)
 
     def table(self) -> str:
-        """Return both groupings as aligned plain text."""
-        rows = [_HEADINGS, *map(_cells_of, self.components)]
-        lines = align_numbers([*rows, ("layer", *_HEADINGS[1:]), *map(_cells_of, self.layers)])
-        return "\n\n".join([self.mask, "\n".join(lines[: len(rows)]), "\n".join(lines[len(rows) :])])
+        """Return the groupings as aligned plain text."""
+        rows = [("component", *HEADINGS), *map(share_cells, self.components)]
+        lines = align_numbers([*rows, ("layer", *HEADINGS), *map(share_cells, self.layers)])
+        tables = [self.mask, "\n".join(lines[: len(rows)]), "\n".join(lines[len(rows) :])]
+        return "\n\n".join([*tables, self.expert_table()] if self.experts else tables)
+
+    def expert_table(self) -> str:
+        """Return share, enrichment and load of the experts as aligned plain text; empty for a dense model.
+
+        Where they are many, these are the spread over the experts of each layer, and the most enriched ones. Load is
+        the share of the tokens that a router sent to an expert.
+        """
+        return expert_table(self.experts)
 
     def heatmap(self, path: str | os.PathLike[str]) -> None:
         """Draw enrichment by layer and component as a PNG.
@@ -66,8 +64,18 @@ class MaskDescription:
         draw_heatmap(self, path)
 
 
-def describe_mask(mask: SafetyMask) -> MaskDescription:
-    """Return share and enrichment of the selected weights by component and by layer.
+def describe_mask(mask: SafetyMask, router_load: RouterLoad | None = None) -> MaskDescription:
+    """Return share and enrichment of the selected weights by component, by layer and by expert.
+
+    Only weights that were scored count. Experts are found by the patterns of a `MixtureLayout` that the mask's metadata
+    may hold, else by their names (``experts``) and by three dimensions.
+
+    Args:
+        mask: The mask.
+        router_load: How many tokens each expert got, from `measure_router_load` on the same model.
+
+    Raises:
+        ValueError: `router_load` is of other experts.
 
     Example:
         >>> import torch
@@ -85,16 +93,22 @@ def describe_mask(mask: SafetyMask) -> MaskDescription:
         layer      weights  selected    share  enrichment
         0                8         4  100.0 %        1.00
     """
-    places = {name: (layer_of(name), component_of(name, shape)) for name, shape in mask.shapes.items()}
+    patterns = expert_patterns(mask)
+
+    def component(name: str, shape: tuple[int, ...]) -> str:
+        return "expert" if expert_place(name, shape, patterns) is not None else component_of(name, shape)
+
+    places = {name: (layer_of(name), component(name, shape)) for name, shape in mask.shapes.items()}
 
     def grouped(key: Callable[[str], tuple[str, ...]]) -> dict[tuple[str, ...], GroupShare]:
         weights: dict[tuple[str, ...], int] = {}
         selected: dict[tuple[str, ...], int] = {}
         for name, shape in mask.shapes.items():
             group = key(name)
-            weights[group] = weights.get(group, 0) + math.prod(shape)
+            scored = math.prod(shape) - sum(mask.unscored.get(name, {}).values())
+            weights[group] = weights.get(group, 0) + scored
             selected[group] = selected.get(group, 0) + mask.indices[name].numel()
-        return {group: _share(" ".join(group), weights[group], selected[group], mask) for group in weights}
+        return {group: group_share(" ".join(group), weights[group], selected[group], mask) for group in weights}
 
     components = grouped(lambda name: (places[name][1],))
     layers = grouped(lambda name: (places[name][0],))
@@ -104,6 +118,7 @@ def describe_mask(mask: SafetyMask) -> MaskDescription:
         [components[(group,)] for group in ordered_components(group for (group,) in components)],
         [layers[(group,)] for group in ordered_layers(group for (group,) in layers)],
         {(layer, component): share for (layer, component), share in cells.items()},
+        expert_shares(mask, router_load),
     )
 
 
@@ -115,29 +130,3 @@ def ordered_components(components: Iterable[str]) -> list[str]:
 def ordered_layers(layers: Iterable[str]) -> list[str]:
     """Return layers by number, then other weights, then the output head."""
     return sorted(layers, key=lambda name: (int(name) if name.isdecimal() else math.inf, name == "head"))
-
-
-def _share(group: str, weights: int, selected: int, mask: SafetyMask) -> GroupShare:
-    share = selected / mask.count if mask.count else math.nan
-    enrichment = share * mask.scored / weights if weights else math.nan
-    return GroupShare(group, weights, selected, share, enrichment)
-
-
-_HEADINGS = ("component", "weights", "selected", "share", "enrichment")
-
-
-def _cells_of(group: GroupShare) -> tuple[str, ...]:
-    share = "–" if math.isnan(group.share) else f"{100 * group.share:.1f} %"
-    enrichment = "–" if math.isnan(group.enrichment) else f"{group.enrichment:.2f}"
-    return group.group, f"{group.weights:,}", f"{group.selected:,}", share, enrichment
-
-
-def align_numbers(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table: names on the left, numbers on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]

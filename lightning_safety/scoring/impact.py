@@ -4,17 +4,28 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_safety.arguments import check_positive, closest
 from lightning_safety.language.modes import evaluation_mode
+from lightning_safety.language.quantized import (
+    dequantized_weight,
+    exact_inputs,
+    keep_unpacked,
+    quantized_layers,
+    weight_shape,
+)
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
+from lightning_safety.scoring.experts import unscore_unreached
+from lightning_safety.scoring.layer_gradients import WeightGradients
+from lightning_safety.scoring.mixture import MixtureLayout, find_mixture
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
 from lightning_safety.scoring.weights import scored_weights, weight_spread
 
@@ -35,6 +46,7 @@ def expected_safety_impact(
     scale: Scale = "std",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    mixture: MixtureLayout | None = None,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     r"""Score every weight by the Expected Safety Impact (ESI).
@@ -47,8 +59,9 @@ def expected_safety_impact(
 
     The model runs in evaluation mode, outside autocast, in the dtype of its weights; gradients add up in float32. It is
     left as it was found: gradients (the same objects), ``requires_grad``, the mode of every submodule, the cache
-    setting, and all random number generators. Frozen weights are scored too. Beside the forward pass, memory is needed
-    for the gradients of one batch and one float32 copy of the weights.
+    setting, and all random number generators. Frozen weights are scored too, and so are those that bitsandbytes
+    quantised, as the dequantised ones, with inputs that are not quantised; `keep_unpacked` is called for these. Beside
+    the forward pass, memory is needed for one float32 copy of the weights and the gradient of one of them.
 
     Args:
         model: A causal language model. Under LoRA its base weights are scored.
@@ -61,15 +74,18 @@ def expected_safety_impact(
             expert's own slice where experts are fused. ``"magnitude"``: |W_i|. ``"none"``: 1.
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
+        mixture: Where the experts and routers of a mixture of experts are. Default: by a table of model families.
         show_progress: Whether a bar shows where this takes over two seconds.
 
     Returns:
-        By canonical name, in ``named_parameters()`` order: scores of at least 0, float32, of the weight's shape and on
-        its device. `scored_weights` says which weights there are.
+        By canonical name, in ``named_parameters()`` order: scores of at least 0, float32, on the weight's device and of
+        its shape in the layer (`weight_shape`). `scored_weights` says which weights there are. NaN for experts that no
+        token reached: nothing is known of these.
 
     Raises:
         ValueError: An argument is not one of its choices, a pattern matches nothing, or the model has no weights that
-            can be scored (quantised, sharded, without data).
+            can be scored (sharded, without data, quantised by something else than bitsandbytes or repacked by it), or
+            has experts and neither its family nor `mixture` says where.
         RuntimeError: The loss or a gradient is not finite (the message names batch and tensor), the loss does not
             depend on the weights, or the model uses reentrant gradient checkpointing.
 
@@ -82,15 +98,16 @@ def expected_safety_impact(
     """
     _check_choice("reduction", reduction, get_args(Reduction))
     _check_choice("scale", scale, get_args(Scale))
-    weights = scored_weights(model, include=include, exclude=exclude)
+    weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     absolute = reduction == "absolute"
     scores = _objective_gradients(model, objective, tokenizer, weights, batch_size, absolute, show_progress)
+    unscore_unreached(scores, find_mixture(model, mixture))
+    layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
     for name, weight in weights.items():
         scores[name].abs_()
-        if scale == "std":
-            scores[name].mul_(weight_spread(weight))
-        elif scale == "magnitude":
-            scores[name].mul_(weight.detach().abs())
+        if scale != "none":
+            dense = dequantized_weight(layers[id(weight)]) if id(weight) in layers else weight.detach()
+            scores[name].mul_(weight_spread(dense) if scale == "std" else dense.abs())
     return scores
 
 
@@ -102,6 +119,7 @@ def mean_gradients(
     batch_size: int = 8,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    mixture: MixtureLayout | None = None,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     """Return the gradient of the objective's loss, the mean over examples, for every weight that can be scored.
@@ -109,9 +127,9 @@ def mean_gradients(
     Arguments, errors and what is left untouched are as for `expected_safety_impact`.
 
     Returns:
-        By canonical name, float32, of the weight's shape and on its device.
+        By canonical name, float32, on the weight's device and of its shape in the layer.
     """
-    weights = scored_weights(model, include=include, exclude=exclude)
+    weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     return _objective_gradients(model, objective, tokenizer, weights, batch_size, False, show_progress)
 
 
@@ -125,6 +143,7 @@ def _objective_gradients(
     show_progress: bool,
 ) -> dict[str, Tensor]:
     check_positive(batch_size, "batch_size")
+    keep_unpacked(model)
     with preserved_random_state(), _scoring_state(model, weights):
         objective.prepare(model, tokenizer)
         batches = objective.batches(tokenizer, batch_size=1 if absolute else batch_size)
@@ -143,99 +162,72 @@ def _mean_gradients(
 ) -> dict[str, Tensor]:
     """Return the mean over examples of the loss gradients, or of their absolute values. float32, by name."""
     device = next(iter(weights.values())).device
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    for number, batch in enumerate(track(batches, "Scoring weights", enabled=show_progress), start=1):
-        place = f"batch {number} of {len(batches)}"
-        if absolute and batch.examples != 1:
-            raise ValueError(
-                f"`objective` expected to give one example a batch for `batch_size=1` but {place} holds"
-                f' {batch.examples}: `reduction="absolute"` needs the gradient of each example.'
-            )
-        _add_gradients(sums, weights, objective.loss(model, batch.to(device)), batch.examples, absolute, place)
+    sums = {
+        name: torch.zeros(weight_shape(weight), dtype=torch.float32, device=weight.device)
+        for name, weight in weights.items()
+    }
+    finite: dict[str, Tensor] = {}
+    examples = 0  # of the present batch
+
+    def add(name: str, gradient: Tensor) -> None:
+        # The largest absolute entry is NaN or infinite if any is, and needs no copy.
+        finite[name] = torch.linalg.vector_norm(gradient, ord=torch.inf).isfinite()
+        sums[name].add_(gradient.abs() if absolute else gradient, alpha=examples)
+
+    with exact_inputs(model), WeightGradients(model, weights, add) as gradients:
+        for number, batch in enumerate(track(batches, "Scoring weights", enabled=show_progress), start=1):
+            place = f"batch {number} of {len(batches)}"
+            if absolute and batch.examples != 1:
+                raise ValueError(
+                    f"`objective` expected to give one example a batch for `batch_size=1` but {place} holds"
+                    f' {batch.examples}: `reduction="absolute"` needs the gradient of each example.'
+                )
+            examples = batch.examples
+            loss = objective.loss(model, batch.to(device))
+            _check_loss(loss, place)
+            finite.clear()
+            gradients.backward(loss)
+            _check_gradients(finite, loss, place)
     if not any(bool(total.any()) for total in sums.values()):
         raise RuntimeError("The gradient of `objective` is zero for every weight: there is nothing to rank them by.")
-    examples = sum(batch.examples for batch in batches)
-    return {name: total.div_(examples) for name, total in sums.items()}
+    total_examples = sum(batch.examples for batch in batches)
+    return {name: total.div_(total_examples) for name, total in sums.items()}
 
 
-def _add_gradients(
-    sums: dict[str, Tensor],
-    weights: dict[str, nn.Parameter],
-    loss: Tensor,
-    examples: int,
-    absolute: bool,
-    place: str,
-) -> None:
-    """Add one batch's gradients, weighed by its examples, and free them before the next batch makes its own."""
+def _check_loss(loss: Tensor, place: str) -> None:
     value = float(loss.detach())
     if not math.isfinite(value):
         raise RuntimeError(
             f"The loss of `objective` is {value:g} in {place}. Check the model's weights and its dtype: float16"
             " often overflows, bfloat16 and float32 do not."
         )
-    gradients = _gradients(loss, list(weights.values()))
-    found = {name: gradient for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    # The largest absolute entry is NaN or infinite if any is, and needs no copy.
-    largest = [torch.linalg.vector_norm(gradient, ord=torch.inf).to(loss.device) for gradient in found.values()]
-    for name, finite in zip(found, torch.stack(largest).isfinite().tolist() if largest else [], strict=True):
-        if not finite:
+
+
+def _check_gradients(finite: dict[str, Tensor], loss: Tensor, place: str) -> None:
+    """Refuse a batch in which a gradient, by name, is not finite. One question to the device for all of them."""
+    answers = torch.stack([answer.to(loss.device) for answer in finite.values()]).tolist() if finite else []
+    for name, answer in zip(finite, answers, strict=True):
+        if not answer:
             raise RuntimeError(
-                f"The gradient of `{name}` is not finite in {place}, although the loss is {value:g}."
+                f"The gradient of `{name}` is not finite in {place}, although the loss is {float(loss.detach()):g}."
                 " Score the model in float32 or bfloat16."
             )
-    for name, gradient in found.items():
-        sums[name].add_(gradient.abs_() if absolute else gradient, alpha=examples)
-
-
-def _gradients(loss: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
-    """Return the gradient for each weight, None where the loss does not depend on it (an expert no token reached)."""
-    if not loss.requires_grad:
-        raise RuntimeError(
-            "The loss of `objective` does not depend on the weights to score: it has no gradient. Compute it from the"
-            " model's output, without `torch.no_grad()` or `.detach()`."
-        )
-    if _has_reentrant_checkpoint(loss):
-        raise RuntimeError(
-            "Reentrant gradient checkpointing hides the weights inside of it from gradients by weight. Turn it off"
-            " while scoring, or use the non-reentrant one (`use_reentrant=False`)."
-        )
-    # Neither `.grad` nor the hooks that act on it (DDP, gradient accumulation, held weights) are touched.
-    return torch.autograd.grad(loss, weights, allow_unused=True)
-
-
-def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Whether a step of the computation is a reentrant checkpoint: its weights would silently count as unused."""
-    found: list[Any] = [loss.grad_fn]
-    seen = set()
-    while found:
-        node = found.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        found.extend(following for following, _ in node.next_functions)
-    return False
 
 
 @contextmanager
 def _scoring_state(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, full precision and gradients for all `weights`, whatever surrounds the call; then as before."""
-    frozen = [weight for weight in weights.values() if not weight.requires_grad]
+    """Evaluation mode, full precision, gradients and uncompiled code, whatever surrounds the call; then as before."""
     devices = {weight.device.type for weight in weights.values()}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
+        # Compiled code would leave out the hooks that find gradients. Where nothing is compiled, the import is saved.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(evaluation_mode(model, use_cache=False))
-        try:
-            for weight in frozen:
-                weight.requires_grad_(True)
-            yield
-        finally:
-            for weight in frozen:
-                weight.requires_grad_(False)
+        yield
 
 
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from lightning_safety.arguments import closest
 from lightning_safety.language.find import named_weights
+from lightning_safety.language.quantized import weight_shape
 from lightning_safety.scoring.mask_file import REMAKE, check_mask_file, read_mask_file, write_mask_file
+from lightning_safety.scoring.mask_indices import checked_index, checked_shape, contained
+from lightning_safety.scoring.unscored import Unscored, common_unscored, read_unscored, write_unscored
 
 if TYPE_CHECKING:
     from lightning_safety.scoring.describe import MaskDescription
+    from lightning_safety.scoring.router_load import RouterLoad
 
 STATE_VERSION = 1
 _PROBLEMS_SHOWN = 5
@@ -36,11 +40,13 @@ class SafetyMask:
         indices: For each scored tensor the flat (row-major) indices of its selected entries, sorted, without
             duplicates. Kept on the CPU as int32, or as int64 for tensors of more than 2³¹ − 1 entries.
         shapes: The shape of each scored tensor, same names. Its order is the tensor order.
-        metadata: What the selection was made from: method, fraction, objective, model, seed. Strings only.
+        metadata: What the selection was made from: method, fraction, objective, model, seed. Strings only. The
+            attribute `unscored` is read from it: by tensor and expert, how many weights were not scored.
 
     Raises:
         TypeError: An argument or entry is of the wrong type.
-        ValueError: Names differ between `indices` and `shapes`, or an index is out of range, unsorted or duplicated.
+        ValueError: Names differ between `indices` and `shapes`, or an index is out of range, unsorted or duplicated, or
+            `metadata` counts unscored weights that do not fit the shapes.
 
     Example:
         >>> mask = SafetyMask({"head": torch.tensor([0, 3])}, {"head": (2, 2)}, {"method": "top"})
@@ -54,9 +60,10 @@ class SafetyMask:
     indices: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str] = field(default_factory=dict)
+    unscored: Unscored = field(init=False)
 
     def __post_init__(self) -> None:
-        shapes = {name: _checked_shape(name, shape) for name, shape in self.shapes.items()}
+        shapes = {name: checked_shape(name, shape) for name, shape in self.shapes.items()}
         missing = [name for name in shapes if name not in self.indices]
         unknown = [name for name in self.indices if name not in shapes]
         if missing or unknown:
@@ -69,10 +76,11 @@ class SafetyMask:
         for key, value in self.metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise TypeError(f"`metadata` expected to map strings to strings but got {key!r}: {value!r}.")
-        indices = {name: _checked_index(name, self.indices[name], shape) for name, shape in shapes.items()}
+        indices = {name: checked_index(name, self.indices[name], shape) for name, shape in shapes.items()}
         object.__setattr__(self, "shapes", shapes)
         object.__setattr__(self, "indices", indices)
         object.__setattr__(self, "metadata", dict(self.metadata))
+        object.__setattr__(self, "unscored", read_unscored(self.metadata, shapes))
 
     @property
     def count(self) -> int:
@@ -81,8 +89,13 @@ class SafetyMask:
 
     @property
     def scored(self) -> int:
-        """Number of weights the selection was made from."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        """Number of weights the selection was made from: all of the tensors' but those that were not scored."""
+        return sum(math.prod(shape) for shape in self.shapes.values()) - self.unscored_count
+
+    @property
+    def unscored_count(self) -> int:
+        """Number of weights that were not scored: of experts that no token reached."""
+        return sum(sum(counts.values()) for counts in self.unscored.values())
 
     @property
     def fraction(self) -> float:
@@ -99,7 +112,8 @@ class SafetyMask:
         tensors = f"{len(self.shapes)} tensor{'' if len(self.shapes) == 1 else 's'}"
         method = f", method={self.metadata['method']}" if "method" in self.metadata else ""
         share = f"{100 * self.fraction:.3g} %"
-        return f"SafetyMask({self.count:,} of {self.scored:,} weights ({share}) in {tensors}{method})"
+        unscored = f", {self.unscored_count:,} unscored" if self.unscored else ""
+        return f"SafetyMask({self.count:,} of {self.scored:,} weights ({share}) in {tensors}{unscored}{method})"
 
     def __eq__(self, other: object) -> bool:
         """Whether both select the same weights from the same tensors; metadata does not count."""
@@ -113,17 +127,17 @@ class SafetyMask:
 
     def __and__(self, other: SafetyMask) -> SafetyMask:
         """Return the weights that both masks select."""
-        return self._combined(other, "intersection", lambda left, right: left[_contained(left, right)])
+        return self._combined(other, "intersection", lambda left, right: left[contained(left, right)])
 
     def __or__(self, other: SafetyMask) -> SafetyMask:
         """Return the weights that either mask selects."""
         return self._combined(
-            other, "union", lambda left, right: torch.cat([left, right[~_contained(right, left)]]).sort().values
+            other, "union", lambda left, right: torch.cat([left, right[~contained(right, left)]]).sort().values
         )
 
     def __sub__(self, other: SafetyMask) -> SafetyMask:
         """Return the weights that this mask selects and the other does not."""
-        return self._combined(other, "difference", lambda left, right: left[~_contained(left, right)])
+        return self._combined(other, "difference", lambda left, right: left[~contained(left, right)])
 
     def _combined(self, other: SafetyMask, method: str, operation: Callable[[Tensor, Tensor], Tensor]) -> SafetyMask:
         if not isinstance(other, SafetyMask):
@@ -133,6 +147,7 @@ class SafetyMask:
         metadata = {"method": method}
         metadata |= {f"left.{key}": value for key, value in self.metadata.items()}
         metadata |= {f"right.{key}": value for key, value in other.metadata.items()}
+        metadata |= write_unscored(common_unscored(self.unscored, other.unscored), self.shapes)
         return SafetyMask(indices, self.shapes, metadata)
 
     def overlap(self, other: SafetyMask) -> int:
@@ -145,7 +160,7 @@ class SafetyMask:
         """
         self._check_same_tensors(other, common_only=True)
         shared = [name for name in self.indices if name in other.indices]
-        return sum(int(_contained(self.indices[name], other.indices[name]).sum()) for name in shared)
+        return sum(int(contained(self.indices[name], other.indices[name]).sum()) for name in shared)
 
     def _check_same_tensors(self, other: SafetyMask, *, common_only: bool) -> None:
         """Refuse masks of different models, or with `common_only` those whose shared tensors differ in shape."""
@@ -171,8 +186,8 @@ class SafetyMask:
         for name, shape in self.shapes.items():
             if name not in weights:
                 problems.append((name, None))
-            elif tuple(weights[name].shape) != shape:
-                problems.append((name, tuple(weights[name].shape)))
+            elif weight_shape(weights[name]) != shape:
+                problems.append((name, weight_shape(weights[name])))
         if not problems:
             return
         lines = [
@@ -239,58 +254,11 @@ class SafetyMask:
             )
         return cls(state["indices"], state["shapes"], state["metadata"])
 
-    def describe(self) -> MaskDescription:
-        """Return share and enrichment of the selected weights by component and by layer."""
+    def describe(self, router_load: RouterLoad | None = None) -> MaskDescription:
+        """Return share and enrichment of the selected weights by component, layer and expert: `describe_mask`."""
         from lightning_safety.scoring.describe import describe_mask
 
-        return describe_mask(self)
-
-
-def _checked_shape(name: str, shape: object) -> tuple[int, ...]:
-    """Return `shape` as a tuple of plain integers whose product an int64 can index."""
-    entries = tuple(shape) if isinstance(shape, list | tuple) else None
-    if entries is None or any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in entries):
-        raise ValueError(f"Shape of `{name}` expected to be integers of at least 0 but got {shape!r:.80}.")
-    if math.prod(entries) >= 2**63:
-        raise ValueError(f"Shape of `{name}` expected to have fewer than 2^63 entries but got {shape!r:.80}.")
-    return entries
-
-
-def _checked_index(name: str, index: object, shape: tuple[int, ...]) -> Tensor:
-    """Return `index` on the CPU in its canonical dtype, or say what is wrong with it."""
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
-        found = f"a {index.dim()}-D {index.dtype} tensor" if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"Indices of `{name}` expected to be a 1-D int32 or int64 tensor but got {found}.")
-    index = index.detach().cpu()
-    entries = math.prod(shape)
-    if index.numel():
-        if bool((index[1:] <= index[:-1]).any()):
-            raise ValueError(f"Indices of `{name}` expected to be sorted without duplicates but they are not.")
-        first, last = int(index[0]), int(index[-1])
-        if first < 0 or last >= entries:
-            outside = first if first < 0 else last
-            raise ValueError(
-                f"Indices of `{name}` expected to be in [0, {entries}) for shape {list(shape)} but got {outside}."
-            )
-    return index.to(index_dtype(entries)).contiguous()
-
-
-def index_dtype(entries: int) -> torch.dtype:
-    """Return the dtype of flat indices into a tensor of so many entries.
-
-    Example:
-        >>> index_dtype(2**31 - 1), index_dtype(2**31)
-        (torch.int32, torch.int64)
-    """
-    return torch.int32 if entries <= torch.iinfo(torch.int32).max else torch.int64
-
-
-def _contained(values: Tensor, among: Tensor) -> Tensor:
-    """Return for each of `values` whether it occurs in `among`; both sorted. Shape [values], bool."""
-    if not among.numel():
-        return torch.zeros(values.shape, dtype=torch.bool)
-    place = torch.searchsorted(among, values).clamp_(max=among.numel() - 1)
-    return among[place] == values
+        return describe_mask(self, router_load)
 
 
 def _shape_text(shape: tuple[int, ...] | None) -> str:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from lightning_safety.arguments import check_fraction, closest
 from lightning_safety.scoring.boundary import Boundary, Candidates, find_boundary
-from lightning_safety.scoring.mask import SafetyMask, index_dtype
+from lightning_safety.scoring.mask import SafetyMask
+from lightning_safety.scoring.mask_indices import index_dtype
+from lightning_safety.scoring.unscored import UNSCORED, Unscored, count_unscored, write_unscored
 
+_BLOCK_ENTRIES = 2**20
 _SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,18 +36,19 @@ def select_top(
 
     Args:
         scores: A score for each weight, by tensor name, as `expected_safety_impact` returns them. float32, bfloat16 or
-            float16, any device.
+            float16, any device. NaN marks what was not scored: it is as if it were not there.
         fraction: Fraction of all scored weights to select, in (0, 1]. See `number_to_select`.
         exclude: Weights that may not be selected. They still count as scored, so that the number selected is the same.
-        metadata: Kept in the mask beside the method and the fraction, for instance the objective and the model.
+        metadata: Kept in the mask beside the method, the fraction and how many weights of each tensor were not scored,
+            for instance the objective and the model.
 
     Returns:
-        The mask, over all scored tensors.
+        The mask, over all tensors.
 
     Raises:
         TypeError: `scores` are not floating-point tensors of at most 32 bits.
-        ValueError: `fraction` is not in (0, 1], a score is NaN, there is nothing to select from, or `exclude` is of
-            another model or leaves too few weights.
+        ValueError: `fraction` is not in (0, 1], there is nothing to select from, or `exclude` is of another model or
+            leaves too few weights.
 
     Example:
         >>> scores = {"q": torch.tensor([[0.1, 0.9], [0.4, 0.2]]), "v": torch.tensor([0.9, 0.0])}
@@ -73,7 +77,7 @@ def select_random(
     grows with the selection. No global generator is touched.
 
     Args:
-        scores: Only names and shapes matter; tensors on the meta device do.
+        scores: Only names, shapes and what is NaN matter; tensors on the meta device do, where nothing is.
         fraction: As for `select_top`.
         seed: Seed of the draw, at least 0.
         metadata: As for `select_top`.
@@ -86,22 +90,27 @@ def select_random(
         raise TypeError(f"`seed` expected to be an integer but got {seed!r}.")
     if seed < 0:
         raise ValueError(f"`seed` expected to be at least 0 but got {seed}.")
-    total = _count(scores)
+    unscored = count_unscored(scores)
+    total = _count(scores, unscored)
     count = number_to_select(fraction, total)
     complement = count > total // 2
     drawn = _distinct(total - count if complement else count, total, np.random.default_rng(seed))
     indices = {}
     start = 0
     for name, score in scores.items():
-        first, last = torch.searchsorted(drawn, torch.tensor([start, start + score.numel()])).tolist()
+        scored = score.numel() - sum(unscored.get(name, {}).values())
+        first, last = torch.searchsorted(drawn, torch.tensor([start, start + scored])).tolist()
         places = drawn[first:last] - start
         if complement:
-            kept = torch.ones(score.numel(), dtype=torch.bool)
+            kept = torch.ones(scored, dtype=torch.bool)
             kept[places] = False
             places = kept.nonzero().squeeze(1)
+        if name in unscored:
+            places = _places_of_scored(score, places)
         indices[name] = places.to(index_dtype(score.numel()))
-        start += score.numel()
-    return _mask(scores, indices, metadata, {"method": "random", "fraction": str(fraction), "seed": str(seed)})
+        start += scored
+    own = {"method": "random", "fraction": str(fraction), "seed": str(seed)}
+    return _mask(scores, indices, metadata, own, unscored)
 
 
 def number_to_select(fraction: float, total: int) -> int:
@@ -133,25 +142,26 @@ def _select_by_score(
     *,
     method: str,
 ) -> SafetyMask:
-    total = _count(scores)
-    count = number_to_select(fraction, total)
     _check_types(scores)
+    unscored = count_unscored(scores)
+    total = _count(scores, unscored)
+    count = number_to_select(fraction, total)
     if exclude is not None:
         _check_excluded(scores, exclude)
     excluded = {} if exclude is None else exclude.indices
-    candidates = Candidates(scores, excluded, largest=method == "top")
+    missing = {name: sum(counts.values()) for name, counts in unscored.items()}
+    candidates = Candidates(scores, excluded, largest=method == "top", unscored=missing)
     available = total - candidates.excluded_count
     if available < count:
         raise ValueError(
             f"`exclude` expected to leave at least {count:,} of the {total:,} scored weights, the number that"
             f" `fraction={fraction}` selects, but leaves {available:,}. Lower `fraction` or exclude fewer weights."
         )
-    _check_not_nan(candidates)
     indices = _collect(candidates, find_boundary(candidates, count))
     own = {"method": method, "fraction": str(fraction)}
     if exclude is not None:
         own["excluded"] = str(candidates.excluded_count)
-    return _mask(scores, indices, metadata, own)
+    return _mask(scores, indices, metadata, own, unscored)
 
 
 def _collect(candidates: Candidates, boundary: Boundary) -> dict[str, Tensor]:
@@ -189,22 +199,36 @@ def _distinct(count: int, total: int, generator: np.random.Generator) -> Tensor:
     return drawn
 
 
+def _places_of_scored(score: Tensor, ranks: Tensor) -> Tensor:
+    """Return the flat indices of the scores that come at these places, sorted, among those that are not NaN."""
+    found, before = [], 0
+    for number, values in enumerate(torch.split(score.detach().reshape(-1), _BLOCK_ENTRIES)):
+        places = (~values.isnan()).nonzero().squeeze(1).cpu() + number * _BLOCK_ENTRIES
+        first, last = torch.searchsorted(ranks, torch.tensor([before, before + len(places)])).tolist()
+        found.append(places[ranks[first:last] - before])
+        before += len(places)
+    return torch.cat(found)
+
+
 def _mask(
     scores: Mapping[str, Tensor],
     indices: dict[str, Tensor],
     metadata: Mapping[str, str] | None,
     own: dict[str, str],
+    unscored: Unscored,
 ) -> SafetyMask:
-    return SafetyMask(
-        indices, {name: tuple(score.shape) for name, score in scores.items()}, {**(metadata or {}), **own}
-    )
+    shapes = {name: tuple(score.shape) for name, score in scores.items()}
+    given = {key: value for key, value in (metadata or {}).items() if key != UNSCORED}
+    return SafetyMask(indices, shapes, {**given, **own, **write_unscored(unscored, shapes)})
 
 
-def _count(scores: Mapping[str, Tensor]) -> int:
+def _count(scores: Mapping[str, Tensor], unscored: Unscored) -> int:
     """Return the number of scored weights, at least 1."""
-    total = sum(score.numel() for score in scores.values())
+    entries = sum(score.numel() for score in scores.values())
+    total = entries - sum(sum(counts.values()) for counts in unscored.values())
     if not total:
-        raise ValueError("`scores` expected to hold at least one weight but is empty. Score a model first.")
+        found = "all are NaN, which marks what was not scored" if entries else "is empty"
+        raise ValueError(f"`scores` expected to hold at least one weight but {found}. Score a model first.")
     return total
 
 
@@ -214,15 +238,6 @@ def _check_types(scores: Mapping[str, Tensor]) -> None:
             raise TypeError(
                 f"`scores` expected to be float32, bfloat16 or float16 but `{name}` is {score.dtype}."
                 " Convert it with `.float()`."
-            )
-
-
-def _check_not_nan(candidates: Candidates) -> None:
-    for block in candidates.blocks():
-        if bool(block.values.max().isnan()):
-            raise ValueError(
-                f"`scores` expected to be numbers but `{block.name}` holds NaN. Score again with a model whose loss and"
-                " weights are finite."
             )
 
 

@@ -12,12 +12,15 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lightning_safety.arguments import closest
-from lightning_safety.language.find import named_weights
+from lightning_safety.language.find import canonical_name, named_weights
+from lightning_safety.language.quantized import check_quantization_supported, is_quantized_weight
+from lightning_safety.scoring.mixture import Mixture, MixtureLayout, find_mixture, fused_parameters, in_adapter
 
 _SCORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NEVER_SCORED = "Biases, norms, embeddings, a tied output head, expert routers and adapters are never scored."
 _SCORE_UNQUANTISED = (
-    "Quantised weights cannot be scored: score the model loaded in bfloat16 or float32, and pass the saved mask."
+    "Quantised weights can be scored only where bitsandbytes made them (NF4, FP4, int8): score the model loaded in"
+    " bfloat16 or float32, and pass the saved mask."
 )
 _CHUNK_ENTRIES = 2**22
 
@@ -27,6 +30,7 @@ def scored_weights(
     *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    mixture: MixtureLayout | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the weights that can be scored, by canonical name, in ``named_parameters()`` order.
 
@@ -34,14 +38,19 @@ def scored_weights(
     shape [experts, …, …]. Biases, norms, embeddings, a tied output head, expert routers and adapters are left out
     ("Towards Identification and Intervention of Safety-Critical Parameters in LLMs", arXiv 2604.08297).
 
+    A weight that bitsandbytes quantised (NF4, FP4, int8) is returned as it is stored: `weight_shape` gives its shape,
+    `dequantized_weight` its values.
+
     Args:
         model: A causal language model.
         include: Shell-style patterns of names, for instance ``"*.mlp.*"``. Default: all.
         exclude: Patterns of names to leave out of those. Default: none.
+        mixture: Where the experts and routers of a mixture of experts are. Default: by a table of model families.
 
     Raises:
-        ValueError: A pattern matches nothing (the message shows close names), nothing is left to score, or a weight is
-            quantised, sharded or without data.
+        ValueError: A pattern matches nothing (the message shows close names), nothing is left to score, a weight is
+            sharded, without data, or quantised by something else than bitsandbytes, or the model seems to have experts
+            and neither the table nor `mixture` says where.
 
     Example:
         >>> from tests.tiny import make_tiny_model
@@ -49,9 +58,8 @@ def scored_weights(
         ['model.layers.0.self_attn.q_proj.weight', 'model.layers.0.self_attn.k_proj.weight']
     """
     # GPTQ, AWQ and their like keep packed weights in layers of their own: only the head would be left to score.
-    if getattr(model, "is_quantized", False):
-        raise ValueError(f"`model` expected to have floating-point weights but is quantised. {_SCORE_UNQUANTISED}")
-    scorable = _scorable_parameters(model)
+    check_quantization_supported(model)
+    scorable = _scorable_parameters(model, find_mixture(model, mixture))
     candidates = {name: weight for name, weight in named_weights(model).items() if id(weight) in scorable}
     if not candidates:
         raise ValueError(
@@ -99,34 +107,19 @@ def _in_float64(flat: Tensor) -> Iterator[Tensor]:
         yield (chunk.cpu() if chunk.device.type == "mps" else chunk).double()
 
 
-def _scorable_parameters(model: nn.Module) -> set[int]:
+def _scorable_parameters(model: nn.Module, mixture: Mixture) -> set[int]:
     """Return the identities of the weights of linear layers and fused experts, less what is never scored."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     scorable = set()
     for path, module in model.named_modules():
-        if _is_router(model, path) or any(part.startswith("lora_") for part in path.split(".")):
+        name = canonical_name(path)
+        if mixture.in_router(name) or in_adapter(name):
             continue
         if isinstance(module, nn.Linear | Conv1D):
             scorable.add(id(module.weight))
-        elif "expert" in f"{path}.{type(module).__name__}".lower() and not isinstance(module, nn.modules.conv._ConvNd):
-            scorable |= {id(weight) for weight in module.parameters(recurse=False) if weight.dim() == 3}
+        elif mixture.in_fused_experts(name):
+            scorable |= {id(weight) for _, weight in fused_parameters(module)}
     return scorable - embeddings
-
-
-def _is_router(model: nn.Module, path: str) -> bool:
-    """Whether a module chooses experts: something called a router, or a gate beside experts.
-
-    The gate of a gated MLP (``gate_proj``) is an ordinary linear layer.
-    """
-    parts = path.split(".")
-    for depth, part in enumerate(parts):
-        if "router" in part:
-            return True
-        if part == "gate" or part.endswith("expert_gate"):
-            siblings = model.get_submodule(".".join(parts[:depth])).named_children()
-            if any("expert" in name and not name.endswith("expert_gate") for name, _ in siblings):
-                return True
-    return False
 
 
 def _matching(argument: str, patterns: str | Sequence[str], names: Iterable[str]) -> set[str]:
@@ -147,8 +140,8 @@ def _matching(argument: str, patterns: str | Sequence[str], names: Iterable[str]
 
 
 def _check_readable(name: str, weight: nn.Parameter) -> None:
-    """Refuse weights that have no gradient of their own, or are not all here."""
-    if weight.dtype not in _SCORED_DTYPES:
+    """Refuse weights whose values cannot be read, or that are not all here."""
+    if weight.dtype not in _SCORED_DTYPES and not is_quantized_weight(weight):
         raise ValueError(
             f"`model` expected to have floating-point weights but `{name}` is {weight.dtype}. {_SCORE_UNQUANTISED}"
         )
@@ -161,4 +154,10 @@ def _check_readable(name: str, weight: nn.Parameter) -> None:
         raise ValueError(
             f"`model` expected to hold its weights whole but `{name}` is sharded. Score the model unsharded, for"
             " instance with `lightning-safety score`, and pass the saved mask."
+        )
+    # torchao's dtype is that of the dense weight.
+    if type(weight.data) is not Tensor and not is_quantized_weight(weight):
+        raise ValueError(
+            f"`model` expected to have plain weights but `{name}` is a {type(weight.data).__name__}."
+            f" {_SCORE_UNQUANTISED}"
         )

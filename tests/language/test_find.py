@@ -184,3 +184,12 @@ def test_two_parameters_of_one_name_are_refused():
     module = Holder(_orig_mod=nn.Linear(2, 2), module=nn.Linear(2, 2))
     with pytest.raises(ValueError, match=re.escape("one parameter named 'weight' but 'module.weight' is a second one")):
         named_weights(module)
+
+
+def test_of_a_module_that_peft_trains_whole_the_copy_in_use_is_named():
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(make_tiny_model(tie_word_embeddings=False), config)
+    weights = named_weights(find_language_model(adapted))
+    head = adapted.get_base_model().lm_head
+    assert weights["lm_head.weight"] is head.modules_to_save["default"].weight
+    assert [name for name in weights if "lm_head" in name] == ["lm_head.weight"]

@@ -53,6 +53,12 @@ NAMES = {
     },
     "mixtral, fused": {"model.layers.5.mlp.experts.down_proj": ("5", "expert")},
     "qwen2-moe": {"model.layers.5.mlp.shared_expert.down_proj.weight": ("5", "down")},
+    "deepseek": {
+        "model.layers.5.self_attn.q_b_proj.weight": ("5", "q"),
+        "model.layers.5.self_attn.kv_a_proj_with_mqa.weight": ("5", "kv"),
+        "model.layers.5.mlp.shared_experts.up_proj.weight": ("5", "up"),
+    },
+    "afmoe": {"model.layers.5.self_attn.gate_proj.weight": ("5", "gate_proj")},
     "mpt": {
         "transformer.blocks.4.attn.Wqkv.weight": ("4", "qkv"),
         "transformer.blocks.4.ffn.down_proj.weight": ("4", "down"),
@@ -171,5 +177,5 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
 
 
 def test_components_are_the_documented_ones() -> None:
-    known = {component for names in NAMES.values() for _, component in names.values()} - {"in_proj", "score"}
-    assert known == set(COMPONENTS)
+    found = {component for names in NAMES.values() for _, component in names.values()}
+    assert found - {"in_proj", "score", "gate_proj"} == set(COMPONENTS)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from lightning_safety.data import load_prompts
@@ -142,21 +141,6 @@ def test_gradient_checkpointing_of_transformers(use_reentrant: bool, tiny_tokeni
     found = expected_safety_impact(model.train(), RefusalMargin(limit=3), tiny_tokenizer)
     for name, score in expected.items():
         torch.testing.assert_close(found[name], score)
-
-
-def test_an_expert_no_token_reaches_scores_zero() -> None:
-    class Sparse(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            output: Tensor = self.experts[0](inputs)
-            return output
-
-    scores = expected_safety_impact(Sparse(), MeanOutput(torch.ones(2, 3), torch.ones(2)), NO_TOKENIZER)
-    assert scores["experts.0.weight"].all()
-    assert not scores["experts.1.weight"].any()
 
 
 def test_the_built_in_examples_suffice(tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

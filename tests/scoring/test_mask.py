@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_safety.scoring import SafetyMask, select_top
-from lightning_safety.scoring.mask import index_dtype
+from lightning_safety.scoring.mask_indices import index_dtype
 from tests.tiny import make_tiny_model
 
 SHAPES = {"a": (2, 3), "b": (5,)}

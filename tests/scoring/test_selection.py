@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from fractions import Fraction
@@ -10,12 +11,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 from torch import Tensor
 
 from lightning_safety.scoring import boundary as boundary_module
+from lightning_safety.scoring import selection as selection_module
 from lightning_safety.scoring.mask import SafetyMask
 from lightning_safety.scoring.selection import number_to_select, select_bottom, select_random, select_top
 
@@ -25,11 +27,12 @@ DENORMAL = 1e-45
 def stable_sort(
     scores: dict[str, Tensor], fraction: float, *, largest: bool, exclude: SafetyMask | None = None
 ) -> dict[str, list[int]]:
-    """Return what a stable sort of every score selects: the reference."""
+    """Return what a stable sort of every score that is not NaN selects: the reference."""
     entries = [
         (name, place, value)
         for name, score in scores.items()
         for place, value in enumerate(score.double().flatten().tolist())
+        if not math.isnan(value)
     ]
     count = max(1, math.floor(Fraction(str(fraction)) * len(entries)))
     if exclude is not None:
@@ -78,6 +81,11 @@ def cases() -> dict[str, dict[str, Tensor]]:
         "with an empty tensor": {"none": torch.empty(0, 3), "some": torch.rand(9)},
         "transposed": {"a": normal.t(), "b": normal},
         "bfloat16": {"a": normal.bfloat16()},
+        "not all scored": {
+            "a": torch.where(normal < 0, math.nan, normal),
+            "b": torch.full((4, 3), math.nan),
+            "c": torch.cat([torch.full((1, 20, 20), math.nan), torch.rand(2, 20, 20, generator=generator)]),
+        },
     }
 
 
@@ -91,7 +99,7 @@ def test_equals_a_stable_sort(case: str, fraction: float, path: str) -> None:
 
 numbers = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=True, allow_subnormal=True),
-    st.sampled_from([0.0, -0.0, 1.0, DENORMAL, 2 * DENORMAL, -DENORMAL]),
+    st.sampled_from([0.0, -0.0, 1.0, DENORMAL, 2 * DENORMAL, -DENORMAL, math.nan]),
 )
 score_sets = st.lists(
     hypothesis_numpy.arrays(np.float32, st.integers(1, 30), elements=numbers), min_size=1, max_size=4
@@ -101,7 +109,8 @@ score_sets = st.lists(
 @settings(max_examples=100, deadline=None)
 @given(scores=score_sets, fraction=st.floats(1e-3, 1.0), data=st.data())
 def test_equals_a_stable_sort_on_anything(scores: dict[str, Tensor], fraction: float, data: st.DataObject) -> None:
-    total = sum(score.numel() for score in scores.values())
+    total = sum(int((~score.isnan()).sum()) for score in scores.values())
+    assume(total)
     excluded = {
         name: torch.tensor(sorted(data.draw(st.sets(st.integers(0, score.numel() - 1)))), dtype=torch.int64)
         for name, score in scores.items()
@@ -112,7 +121,9 @@ def test_equals_a_stable_sort_on_anything(scores: dict[str, Tensor], fraction: f
         patch.setattr(boundary_module, "_SAMPLE_ENTRIES", data.draw(st.sampled_from([8, 2**20])))
         assert as_lists(select_top(scores, fraction)) == stable_sort(scores, fraction, largest=True)
         assert as_lists(select_bottom(scores, fraction)) == stable_sort(scores, fraction, largest=False)
-        if total - exclude.count < number_to_select(fraction, total):
+        available = sum(int((~score.isnan()).sum()) - int((~score[excluded[name]].isnan()).sum())
+                        for name, score in scores.items())  # fmt: skip
+        if available < number_to_select(fraction, total):
             with pytest.raises(ValueError, match="`exclude` expected to leave at least"):
                 select_top(scores, fraction, exclude=exclude)
         else:
@@ -120,12 +131,14 @@ def test_equals_a_stable_sort_on_anything(scores: dict[str, Tensor], fraction: f
             assert as_lists(chosen) == stable_sort(scores, fraction, largest=True, exclude=exclude)
 
 
-def test_millions_of_scores_take_the_sampled_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unscored", [0, 900_000])
+def test_millions_of_scores_take_the_sampled_path(unscored: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {"a": torch.rand(1500, 1000, generator=generator), "b": torch.rand(700_001, generator=generator)}
+    scores["c"] = torch.full((unscored,), math.nan)
     monkeypatch.setattr(boundary_module, "_histogram_boundary", lambda *_: pytest.fail("the sample was not enough"))
     mask = select_top(scores, 0.01)
-    together = torch.cat([score.flatten() for score in scores.values()])
+    together = torch.cat([scores["a"].flatten(), scores["b"]])
     expected = together.sort(descending=True, stable=True).indices[: mask.count].sort().values
     chosen = torch.cat([mask.indices["a"].long(), mask.indices["b"].long() + 1_500_000])
     assert torch.equal(chosen, expected)
@@ -162,14 +175,29 @@ def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
             select({"a": torch.ones(4)}, fraction)
 
 
-def test_nan_is_refused_by_name() -> None:
-    scores = {"fine": torch.ones(3), "broken": torch.tensor([1.0, math.nan, 2.0])}
-    for select in (select_top, select_bottom):
-        with pytest.raises(ValueError, match="`broken` holds NaN"):
-            select(scores, 0.5)
+def test_what_was_not_scored_counts_as_if_it_were_not_there() -> None:
+    nothing = torch.full((2, 5), math.nan)
+    scores = {
+        "experts": torch.stack([torch.full((2, 5), 9.0), nothing, torch.ones(2, 5)]),
+        "whole": nothing,
+        "some": torch.tensor([3.0, math.nan, 4.0, 5.0]),
+    }
+    for mask in (select_top(scores, 0.5), select_bottom(scores, 0.5), select_random(scores, 0.5, 1)):
+        assert (mask.scored, mask.count, mask.fraction, mask.unscored_count) == (23, 11, 11 / 23, 21)
+        assert json.loads(mask.metadata["unscored"]) == {"experts": {"1": 10}, "whole": 10, "some": 1}
+        assert "of 23 weights" in repr(mask)
+        assert "21 unscored" in repr(mask)
+    assert as_lists(select_top(scores, 0.5)) == {"experts": list(range(10)), "whole": [], "some": [3]}
+    with pytest.raises(ValueError, match=r"`exclude` expected to leave at least 13 of the 23 scored"):
+        select_top(scores, 0.6, exclude=select_top(scores, 0.5))
 
 
-@pytest.mark.parametrize("scores", [{}, {"a": torch.empty(0)}])
+def test_counts_of_unscored_weights_are_not_taken_from_elsewhere() -> None:
+    before = select_top({"a": torch.tensor([1.0, math.nan])}, 1.0)
+    assert "unscored" not in select_top({"a": torch.ones(2)}, 1.0, metadata=before.metadata).metadata
+
+
+@pytest.mark.parametrize("scores", [{}, {"a": torch.empty(0)}, {"a": torch.tensor([math.nan])}])
 def test_nothing_to_select_from_is_refused(scores: dict[str, Tensor]) -> None:
     for select in (select_top, select_bottom, lambda scores, fraction: select_random(scores, fraction, 0)):
         with pytest.raises(ValueError, match="at least one weight"):
@@ -221,8 +249,12 @@ def test_random_leaves_global_generators_alone() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.4, 0.6])
-def test_random_is_uniform_over_sets(fraction: float) -> None:
+@pytest.mark.parametrize("unscored", [False, True])
+def test_random_is_uniform_over_sets(unscored: bool, fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection_module, "_BLOCK_ENTRIES", 2)
     scores = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    if unscored:
+        scores = {"a": torch.tensor([math.nan, 0.0, math.nan, 0.0]), "b": torch.tensor([0.0, 0.0, 0.0, math.nan])}
     draws = 4000
     seen = Counter(
         tuple(
@@ -234,6 +266,7 @@ def test_random_is_uniform_over_sets(fraction: float) -> None:
     )
     sets = math.comb(5, number_to_select(fraction, 5))
     assert len(seen) == sets
+    assert not any(scores[name][place].isnan() for drawn in seen for name, place in drawn)
     chi_squared = sum((count - draws / sets) ** 2 / (draws / sets) for count in seen.values())
     assert chi_squared < 28  # 9 degrees of freedom, p = 0.001.
 

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from lightning_safety.scoring import scored_weights, weight_spread
+from lightning_safety.scoring import MixtureLayout, scored_weights, weight_spread
 from tests.tiny import make_tiny_model
 
 ATTENTION = [f"self_attn.{part}_proj.weight" for part in "qkvo"]
@@ -92,7 +92,8 @@ class OwnBlock(nn.Module):
 
 
 def test_plain_linear_routers_and_lookalikes() -> None:
-    assert list(scored_weights(OwnBlock())) == [
+    layout = MixtureLayout(experts="*moe.experts", routers=["*moe.gate", "feed_forward.router"])
+    assert list(scored_weights(OwnBlock(), mixture=layout)) == [
         "dense.gate.weight",
         "dense.up.weight",
         "block_sparse_moe.experts.0.weight",
@@ -146,7 +147,7 @@ def replace_weight(model: Any, weight: torch.Tensor) -> Any:
 def test_quantised_weights_are_refused(dtype: torch.dtype) -> None:
     model = replace_weight(make_tiny_model(), torch.zeros(64, 32).to(dtype))
     with pytest.raises(
-        ValueError, match=rf"`model.layers.1.mlp.up_proj.weight` is {dtype}. Quantised weights cannot be scored"
+        ValueError, match=rf"`model.layers.1.mlp.up_proj.weight` is {dtype}. Quantised weights can be scored only"
     ):
         scored_weights(model)
 
