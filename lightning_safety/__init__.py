@@ -21,7 +21,14 @@ if TYPE_CHECKING:
         SubspaceOverlapMonitor,
     )
     from lightning_safety.data import Example, load_prompts
-    from lightning_safety.enforcement import SafetyPatch
+    from lightning_safety.enforcement import (
+        HeldLora,
+        SafetyPatch,
+        SparseDelta,
+        load_held_adapter,
+        merge_held_adapter,
+        save_held_adapter,
+    )
     from lightning_safety.language import (
         find_language_model,
         generate_replies,
@@ -31,12 +38,15 @@ if TYPE_CHECKING:
     from lightning_safety.monitoring import KeywordRefusalJudge, Verdict, evaluate_safety, perplexity
     from lightning_safety.scoring import (
         GuardJudgedSafety,
+        MixtureLayout,
         RefusalLikelihood,
         RefusalMargin,
         SafetyMask,
         SafetyObjective,
         expected_safety_impact,
+        measure_router_load,
         select_bottom,
+        select_neurons,
         select_random,
         select_top,
     )
@@ -55,17 +65,27 @@ _ROOMS = {
         "SubspaceOverlapMonitor",
     ),
     "data": ("Example", "load_prompts"),
-    "enforcement": ("SafetyPatch",),
+    "enforcement": (
+        "HeldLora",
+        "SafetyPatch",
+        "SparseDelta",
+        "load_held_adapter",
+        "merge_held_adapter",
+        "save_held_adapter",
+    ),
     "language": ("find_language_model", "generate_replies", "load_causal_lm", "load_tokenizer"),
     "monitoring": ("KeywordRefusalJudge", "Verdict", "evaluate_safety", "perplexity"),
     "scoring": (
         "GuardJudgedSafety",
+        "MixtureLayout",
         "RefusalLikelihood",
         "RefusalMargin",
         "SafetyMask",
         "SafetyObjective",
         "expected_safety_impact",
+        "measure_router_load",
         "select_bottom",
+        "select_neurons",
         "select_random",
         "select_top",
     ),

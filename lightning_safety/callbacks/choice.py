@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_safety.arguments import check_fraction, check_positive, closest
+from lightning_safety.language.quantized import weight_shape
 from lightning_safety.scoring import (
+    MixtureLayout,
     ObjectiveBatch,
     RefusalMargin,
     SafetyMask,
@@ -23,9 +26,12 @@ from lightning_safety.scoring import (
     expected_safety_impact,
     scored_weights,
     select_bottom,
+    select_neurons,
     select_random,
     select_top,
 )
+from lightning_safety.scoring.mixture import check_layout
+from lightning_safety.scoring.neurons import Granularity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +53,8 @@ class WeightChoice:
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None
     show_progress: bool
+    granularity: Granularity = "weight"
+    mixture: MixtureLayout | None = None
 
     def __post_init__(self) -> None:
         self.fraction = check_fraction(self.fraction)
@@ -56,6 +64,12 @@ class WeightChoice:
                 f"`method` expected to be one of {', '.join(map(repr, get_args(Method)))} but got {self.method!r}."
                 f" {closest(str(self.method), get_args(Method))}"
             )
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(
+                f"`granularity` expected to be one of {', '.join(map(repr, get_args(Granularity)))} but got"
+                f" {self.granularity!r}. {closest(str(self.granularity), get_args(Granularity))}"
+            )
+        check_layout(self.mixture)
         if self.objective is not None and not isinstance(self.objective, SafetyObjective):
             raise TypeError(
                 f"`objective` expected to be a SafetyObjective but got {type(self.objective).__name__}."
@@ -73,10 +87,14 @@ class WeightChoice:
             quick: Whether two prompts are enough, for a run that only tries everything once.
         """
         metadata = {"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
+        if self.mixture is not None:
+            metadata |= self.mixture.describe()
         if self.method == "random":
-            weights = scored_weights(model, include=self.include, exclude=self.exclude)
-            shapes: dict[str, Tensor] = {name: torch.empty(w.shape, device="meta") for name, w in weights.items()}
-            return select_random(shapes, self.fraction, self.seed, metadata=metadata)
+            weights = scored_weights(model, include=self.include, exclude=self.exclude, mixture=self.mixture)
+            shapes: dict[str, Tensor] = {
+                name: torch.empty(weight_shape(w), device="meta") for name, w in weights.items()
+            }
+            return self._select(model, shapes, metadata)
         objective = RefusalMargin() if self.objective is None else self.objective
         scores = expected_safety_impact(
             model,
@@ -85,10 +103,23 @@ class WeightChoice:
             batch_size=self.batch_size,
             include=self.include,
             exclude=self.exclude,
+            mixture=self.mixture,
             show_progress=self.show_progress,
         )
+        return self._select(model, scores, metadata | objective.describe())
+
+    def _select(self, model: nn.Module, scores: dict[str, Tensor], metadata: dict[str, str]) -> SafetyMask:
+        if self.granularity == "neuron":
+            if any(isinstance(module, Conv1D) for module in model.modules()):
+                raise ValueError(
+                    "`granularity='neuron'` expected a model whose weights are stored [out, in] but"
+                    f" {type(model).__name__} stores some the other way around (Conv1D). Use `granularity='weight'`."
+                )
+            return select_neurons(scores, self.fraction, method=self.method, seed=self.seed, metadata=metadata)
+        if self.method == "random":
+            return select_random(scores, self.fraction, self.seed, metadata=metadata)
         select = select_top if self.method == "top" else select_bottom
-        return select(scores, self.fraction, metadata=metadata | objective.describe())
+        return select(scores, self.fraction, metadata=metadata)
 
 
 class GivenMask:

@@ -17,11 +17,16 @@ from lightning_safety.arguments import check_positive
 from lightning_safety.callbacks.choice import Method, WeightChoice
 from lightning_safety.callbacks.log import leaves_files
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
-from lightning_safety.enforcement import AveragedWeights, CompactTraining, SafetyPatch, snapshot_entries
-from lightning_safety.scoring import SafetyMask, SafetyObjective
+from lightning_safety.enforcement import AveragedWeights, CompactTraining, SafetyPatch, SparseDelta, snapshot_entries
+from lightning_safety.enforcement.sparse_delta import needs_sparse_delta
+from lightning_safety.language import find_language_model
+from lightning_safety.scoring import MixtureLayout, SafetyMask, SafetyObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_NAMES_SHOWN = 3
 
 
 class SafetyEnhancementTuning(SelectedWeightsCallback):
@@ -36,9 +41,15 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
     stand still too. Optimizers must treat every weight by itself, as AdamW, SGD and Lion do; 8-bit ones, Muon and
     Adafactor are refused.
 
+    Where all selected weights are frozen, under LoRA for instance, or one is quantised, they are trained beside the
+    base (`SparseDelta`), in float32, by the one optimizer; adapters stand still. A frozen base holds them after every
+    step. What they differ by from a quantised one acts on it, also after the fit, and the patch fits the dequantised
+    model; another fit with the same mask goes on from there. No ``state_dict`` holds that difference but the callback's
+    own: test such a checkpoint with the callback in the trainer.
+
     A resumed fit trains the weights of the fit it resumes and scores nothing; its random numbers continue where the
     checkpoint was saved. Another ``fit`` with the same callback is a new fit and scores again, unless a mask is given.
-    ``validate``, ``test`` and ``predict`` are left alone. Runs on a single device.
+    ``validate``, ``test`` and ``predict`` see the trained model. Runs on a single device.
 
     Args:
         fraction: Fraction of the scored weights to train, in (0, 1]. Without effect where `mask` is given.
@@ -53,6 +64,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         seed: Seed of the random choice.
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
+        mixture: Where the experts and routers of a mixture of experts are, if its family is not known.
         save_mask: File to write the mask to at the start of the fit.
         show_progress: Whether a bar shows the scoring where it takes over two seconds.
         average_last: The fit ends with the mean of the weights after each of its last so many optimizer steps. Give the
@@ -63,8 +75,9 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
 
     Raises:
         ValueError: An argument is out of range. At the start of a fit: the mask does not fit the model, the strategy or
-            an optimizer is not supported, a selected weight is frozen, in no optimizer, has an adapter or is held by a
-            `SafetyPreservingAdaptation` beside, or a checkpoint without a mask is resumed and none is given.
+            an optimizer is not supported, some selected weights are frozen and others not, one is in no optimizer or
+            held by a `SafetyPreservingAdaptation` beside, one of a frozen or quantised base is not that of a linear
+            layer, or a checkpoint without a mask is resumed and none is given.
         TypeError: An argument is of the wrong type.
     """
 
@@ -83,22 +96,27 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         seed: int = 0,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        mixture: MixtureLayout | None = None,
         save_mask: os.PathLike[str] | str | None = None,
         show_progress: bool = True,
         average_last: int | None = None,
         patch: os.PathLike[str] | str | None = None,
     ) -> None:
-        choice = WeightChoice(fraction, objective, method, batch_size, seed, include, exclude, show_progress)
+        choice = WeightChoice(
+            fraction, objective, method, batch_size, seed, include, exclude, show_progress, mixture=mixture
+        )
         super().__init__(choice, mask, tokenizer, language_model, save_mask)
         self.average_last = None if average_last is None else check_positive(average_last, "average_last")
         self.patch_file = patch
-        self._training: CompactTraining | None = None
+        self._training: CompactTraining | SparseDelta | None = None
         self._handles: list[RemovableHandle] = []
         self._last_step = 0
 
     def _begin(self) -> None:
         super()._begin()
         self._before: dict[str, Tensor] = {}
+        # What a base that does not train, or an adapter's checkpoint, may not hold.
+        self._trained: dict[str, Tensor] | None = None
         self._patch: SafetyPatch | None = None
         self._average: AveragedWeights | None = None
 
@@ -119,15 +137,28 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         mask: SafetyMask,
     ) -> int:
         """Put the weights into the optimizers in place of the model's parameters."""
-        restored = self._restored if self._resumes else None
-        self._before = snapshot_entries(model, mask) if restored is None else restored["before"]
-        self._training = CompactTraining(mask).attach(model, trainer.optimizers)
+        if self.average_last is not None and trainer.max_steps < 1:
+            raise ValueError(
+                f"`average_last={self.average_last}` expected a trainer with `max_steps`, which says when the last"
+                f" steps begin, but it is {trainer.max_steps}. Set it."
+            )
+        restored = (self._restored if self._resumes else None) or {}
+        sparse = needs_sparse_delta(model, mask)
+        if restored and sparse != ("trained" in restored):
+            raise ValueError(
+                "`ckpt_path` expected to be a checkpoint of a fit whose base was frozen or quantised alike, but the"
+                f" selected weights {'were trained in the model' if sparse else 'were frozen or quantised'} there."
+                " Freeze and load the model as that fit did, or start a new fit from the weights."
+            )
+        if sparse:
+            self._training = SparseDelta(mask).attach(
+                model, trainer.optimizers, trained=restored.get("trained"), before=restored.get("before")
+            )
+            self._before = self._training.before
+        else:
+            self._before = snapshot_entries(model, mask) if not restored else restored["before"]
+            self._training = CompactTraining(mask).attach(model, trainer.optimizers)
         if self.average_last is not None:
-            if trainer.max_steps < 1:
-                raise ValueError(
-                    f"`average_last={self.average_last}` expected a trainer with `max_steps`, which says when the last"
-                    f" steps begin, but it is {trainer.max_steps}. Set it."
-                )
             self._last_step = trainer.max_steps
             # After those of the training itself, so that the weights are those after the step.
             self._handles = [
@@ -147,28 +178,38 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             self._average.settle()
 
     def release(self) -> None:
-        """Stop training; the model holds the trained values."""
+        """Stop training; the model is the trained one."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._training is not None:
+        if isinstance(self._training, SparseDelta):
+            self._trained = _on_cpu(self._training.entries())
+            self._training.settle()
+        elif self._training is not None:
             self._training.release()
-            self._training = None
+        self._training = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mask, the values before the fit, the mean so far, and the state of all random generators."""
+        """Return the mask, what is needed to go on and to make the patch, and the state of all random generators."""
         state = super().state_dict()
         if not state:
             return state
         average = {} if self._average is None else {"average": self._average.state_dict()}
-        return {**state, "before": dict(self._before), **average}
+        trained = self._training.entries() if isinstance(self._training, SparseDelta) else self._trained
+        beside = {} if trained is None else {"trained": _on_cpu(trained)}
+        return {**state, "before": dict(self._before), **beside, **average}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse the optimizer state of a fit that trained whole tensors."""
+        """Refuse the optimizer state of a fit that trained whole tensors. To test, make the model the trained one."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if trainer.state.fn != "fit" or self.state_key in checkpoint["callbacks"]:
+        state = checkpoint["callbacks"].get(self.state_key)
+        if trainer.state.fn != "fit" and state and "trained" in state:
+            model = find_language_model(pl_module, self.language_model)
+            SparseDelta(SafetyMask.from_state_dict(state["mask"])).apply(model, state["trained"])
+            self._trained = dict(state["trained"])
+        if trainer.state.fn != "fit" or state is not None:
             return
         states = [
             state for optimizer in checkpoint.get("optimizer_states", ()) for state in optimizer["state"].values()
@@ -185,7 +226,10 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         super().on_train_start(trainer, pl_module)
         if self._training is None:
             return
-        self._training.refresh()
+        if isinstance(self._training, SparseDelta):
+            self._training.rewind()
+        else:
+            self._training.refresh()
         if self.average_last is not None:
             self._average = AveragedWeights(self._training)
             restored = self._restored if self._resumes else None
@@ -215,10 +259,26 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         if self._training is None or self._model is None or self._mask is None:
             return
         metadata = {"made_by": type(self).__name__, "steps": str(trainer.global_step)}
-        self._patch = SafetyPatch.capture(self._model, self._mask, self._before, metadata)
+        if isinstance(self._training, SparseDelta):
+            self._patch = self._training.patch(metadata)
+            self._warn_of_idle(self._training.idle)
+        else:
+            self._patch = SafetyPatch.capture(self._model, self._mask, self._before, metadata)
         if self.patch_file is not None and leaves_files(trainer) and trainer.is_global_zero:
             self._patch.save(self.patch_file)
             rank_zero_info(
                 f"{type(self).__name__}: {self._patch.changed:,} weights changed; the patch is in"
                 f" {os.fspath(self.patch_file)}."
             )
+
+    def _warn_of_idle(self, names: list[str]) -> None:
+        if names:
+            rank_zero_warn(
+                f"{type(self).__name__}: {len(names)} layers were not called during the fit, so that their selected"
+                f" weights stand still: {', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''}."
+                " They are experts that no token reached, or the model uses their weights without calling the layer."
+            )
+
+
+def _on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in values.items()}

@@ -17,15 +17,11 @@ from lightning_safety.callbacks.choice import GivenMask, Method, WeightChoice
 from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
 from lightning_safety.callbacks.resume import ResumedRandomness, warn_of_loaders_that_start_over
 from lightning_safety.callbacks.strategies import check_strategy
-from lightning_safety.callbacks.together import (
-    check_no_adapters,
-    check_together,
-    held_fraction,
-    number_of_weights,
-)
+from lightning_safety.callbacks.together import check_together, held_fraction, number_of_weights
 from lightning_safety.language import find_language_model, find_tokenizer
 from lightning_safety.randomness import capture_random_state
 from lightning_safety.scoring import SafetyMask
+from lightning_safety.scoring.expert_shares import expert_summary
 
 _STATE_VERSION = 1
 
@@ -94,6 +90,8 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         chosen_by: dict[str, Any] = {"fraction": self.choice.fraction, "method": self.method}
         if self.method == "random":
             chosen_by["seed"] = self.choice.seed
+        if self.choice.granularity != "weight":
+            chosen_by["granularity"] = self.choice.granularity
         return self._generate_state_key(**chosen_by)
 
     @abstractmethod
@@ -147,7 +145,9 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         for callback in siblings:
             callback._choose(trainer, pl_module)
         check_together(siblings)
-        if not any(parameter.requires_grad for parameter in pl_module.parameters()):
+        # Weights that a callback trains beside the base may be all that trains.
+        trains = any(callback.trains for callback in siblings)
+        if not trains and not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise ValueError(
                 "The module expected to have weights to train but all are frozen (`requires_grad=False`), so there is"
                 " nothing that could change. Unfreeze what should train."
@@ -201,7 +201,6 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         mask.check_model(model)
         if not mask.count:
             raise ValueError("`mask` expected to select weights but it selects none. Select some, or leave it out.")
-        check_no_adapters(model, {name for name, indices in mask.indices.items() if indices.numel()}, "mask")
         self._mask = mask
 
     def _resumed_mask(self) -> SafetyMask:
@@ -240,10 +239,11 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         origin = f"{how} in {self._seconds:.1f} s" if self._seconds is not None else "mask given"
         if self._resumes:
             origin = "mask of the resumed fit" if self._restored is not None else origin
+        experts = expert_summary(mask)
         return (
             f"{type(self).__name__}: {self.describe(f'{mask.count:,} weights')}, {100 * mask.fraction:.3g} % of"
             f" {mask.scored:,} scored and {100 * mask.count / total:.3g} % of all {total:,}; {size};"
-            f" {origin}."
+            f" {origin}{f'; {experts}' if experts else ''}."
         )
 
 

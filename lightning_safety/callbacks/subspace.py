@@ -17,7 +17,7 @@ from lightning_safety.arguments import check_fraction, check_positive
 from lightning_safety.callbacks.choice import TwoPrompts
 from lightning_safety.callbacks.log import leaves_files, run_folder
 from lightning_safety.callbacks.monitor import Check, SafetyMonitor
-from lightning_safety.callbacks.together import check_no_adapters
+from lightning_safety.callbacks.together import check_no_adapters, check_not_quantized
 from lightning_safety.drawing import check_matplotlib, has_matplotlib
 from lightning_safety.language import find_language_model, find_tokenizer
 from lightning_safety.monitoring.references import (
@@ -37,7 +37,7 @@ from lightning_safety.monitoring.update_overlap import (
     measure_update,
 )
 from lightning_safety.randomness import preserved_random_state
-from lightning_safety.scoring import RefusalLikelihood, RefusalMargin, SafetyObjective, scored_weights
+from lightning_safety.scoring import MixtureLayout, RefusalLikelihood, RefusalMargin, SafetyObjective, scored_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,6 +87,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
         include: Only weights whose names match one of these shell-style patterns. With a sample of the matrices, checks
             and file cost less.
         exclude: Leave out those whose names match one of these.
+        mixture: Where the experts and routers of a mixture of experts are, if its family is not known.
         batch_size: Examples in one pass of an objective.
         tokenizer: The tokenizer or its path. Default: the module's or the data module's, or the one that lies beside
             the model's weights on disk.
@@ -114,6 +115,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
         energy: float = 0.5,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        mixture: MixtureLayout | None = None,
         batch_size: int = 8,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         language_model: str | None = None,
@@ -130,6 +132,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
         self.energy = check_fraction(energy, "energy")
         self.include = include
         self.exclude = exclude
+        self.mixture = mixture
         self.batch_size = check_positive(batch_size, "batch_size")
         self.tokenizer = tokenizer
         self.language_model = language_model
@@ -173,6 +176,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
             return
         model = find_language_model(pl_module, self.language_model)
         weights = self._weights(model)
+        check_not_quantized(weights, "include")
         check_no_adapters(model, weights, "include")
         if trainer.ckpt_path is not None:
             self._file = self._reopen(trainer, weights)
@@ -215,8 +219,8 @@ class SubspaceOverlapMonitor(SafetyMonitor):
         figures = {"subspace_overlap": partial(draw_update_overlap, found)} if self._draws else {}
         return Check(found.metrics, details, figures=figures)
 
-    def _weights(self, model: nn.Module) -> Mapping[str, Tensor]:
-        return scored_weights(model, include=self.include, exclude=self.exclude)
+    def _weights(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        return scored_weights(model, include=self.include, exclude=self.exclude, mixture=self.mixture)
 
     def _find_subspaces(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module, weights: Mapping[str, Tensor]
@@ -249,6 +253,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
                 batch_size=self.batch_size,
                 include=self.include,
                 exclude=self.exclude,
+                mixture=self.mixture,
                 show_progress=self.show_progress,
             )
         return bases

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from lightning_safety.language import canonical_name, named_weights
+from lightning_safety.language import canonical_name, is_quantized_weight, named_weights, weight_shape
 
 if TYPE_CHECKING:
     from lightning_safety.callbacks.selected import SelectedWeightsCallback
@@ -52,9 +53,26 @@ def check_no_adapters(model: nn.Module, names: Collection[str], argument: str) -
         if ".base_layer." in name and canonical in names:
             raise ValueError(
                 f"`{argument}` expected to select weights without adapters but `{canonical}` has one (LoRA or alike),"
-                " which changes the layer whether or not the weight moves. That is not supported yet: train without"
-                " adapters, or leave these layers out of them."
+                " whose update is not in the weight. Train without adapters, or leave these layers out."
             )
+
+
+def check_not_quantized(weights: Mapping[str, nn.Parameter], argument: str) -> None:
+    """Refuse weights that bitsandbytes quantised: their values are packed, and nothing trains them.
+
+    Args:
+        weights: By canonical name.
+        argument: Whose value these are, for the message.
+
+    Raises:
+        ValueError: One is quantised.
+    """
+    name = next((name for name, weight in weights.items() if is_quantized_weight(weight)), None)
+    if name is not None:
+        raise ValueError(
+            f"`{argument}` expected to select weights that can move but `{name}` is quantised and stands still."
+            " Load the model unquantised, or leave quantised layers out."
+        )
 
 
 def held_fraction(callbacks: Sequence[SelectedWeightsCallback], model: nn.Module) -> float:
@@ -71,4 +89,4 @@ def held_fraction(callbacks: Sequence[SelectedWeightsCallback], model: nn.Module
 
 def number_of_weights(model: nn.Module) -> int:
     """Return the number of weights of a model, tied ones once."""
-    return sum(weight.numel() for weight in named_weights(model).values())
+    return sum(math.prod(weight_shape(weight)) for weight in named_weights(model).values())

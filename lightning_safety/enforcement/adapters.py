@@ -83,38 +83,62 @@ def check_adapters_at_start(model: nn.Module, layers: list[AdaptedLayer]) -> Non
     Raises:
         ValueError: One does. The message names how it was initialised.
     """
-    configurations: Mapping[str, Any] = _configurations(model)
+    configurations = _configurations(model)
     for adapted in layers:
         for adapter in adapted.adapters:
             weights = adapted.layer.lora_A[adapter].weight, adapted.layer.lora_B[adapter].weight
             if all(bool(weight.any()) for weight in weights):
-                initialisation = getattr(configurations.get(adapter), "init_lora_weights", "unknown")
-                raise ValueError(
-                    f"Adapter {adapter!r} expected to add nothing to `{adapted.name}` when holding begins, but its"
-                    f" product is not zero: it is trained, or its initialisation (`init_lora_weights="
-                    f"{initialisation!r}`) starts from another product and may change the base weight. Use the default"
-                    " `init_lora_weights=True`; continue a held adapter with `load_held_adapter`; merge a trained one"
-                    " into the base and begin a new one."
-                )
+                raise _begun(adapted.name, adapter, configurations)
 
 
-def neuron_rows(layers: list[AdaptedLayer]) -> dict[str, Tensor]:
-    """Return the rows of each base weight that are selected whole, by the path of the layer.
+def adapter_rows(model: nn.Module, mask: SafetyMask) -> SafetyMask:
+    """Return the rows of each B that a neuron-level mask on the base weights holds: B zero there, nothing is added.
+
+    Args:
+        model: A causal language model with LoRA layers inside.
+        mask: Selects whole rows of base weights.
+
+    Returns:
+        A mask on the B of every adapter of the selected layers, by their parameter names.
 
     Raises:
-        ValueError: Only a part of a row is selected.
+        ValueError: `selected_adapted_layers` refuses the layers, a part of a row is selected, or B is not zero in one
+            of the rows (the message names how the adapter was initialised).
     """
-    rows = {}
-    for adapted in layers:
-        row, counts = torch.unique_consecutive(adapted.indices // adapted.shape[1], return_counts=True)
-        if bool((counts != adapted.shape[1]).any()):
-            raise ValueError(
-                "`mask` expected to select whole neurons (rows of a weight) for `granularity='neuron'` but selects"
-                f" parts of {int((counts != adapted.shape[1]).sum())} rows of `{adapted.name}`. Make it with"
-                " `select_neurons`, or hold single weights: `granularity='weight'`."
-            )
-        rows[adapted.path] = row
-    return rows
+    indices, shapes = {}, {}
+    configurations = _configurations(model)
+    for adapted in selected_adapted_layers(model, mask):
+        rows = _whole_rows(adapted)
+        for adapter in adapted.adapters:
+            weight = adapted.layer.lora_B[adapter].weight
+            if bool(weight[rows.to(weight.device)].any()):
+                raise _begun(adapted.name, adapter, configurations)
+            name = canonical_name(f"{adapted.path}.lora_B.{adapter}.weight")
+            indices[name] = (rows[:, None] * weight.shape[1] + torch.arange(weight.shape[1])).view(-1)
+            shapes[name] = tuple(weight.shape)
+    return SafetyMask(indices, shapes)
+
+
+def _whole_rows(adapted: AdaptedLayer) -> Tensor:
+    row: Tensor
+    row, counts = torch.unique_consecutive(adapted.indices.long() // adapted.shape[1], return_counts=True)
+    if bool((counts != adapted.shape[1]).any()):
+        raise ValueError(
+            "`mask` expected to select whole neurons (rows of a weight) for `granularity='neuron'` but selects parts of"
+            f" {int((counts != adapted.shape[1]).sum())} rows of `{adapted.name}`. Make it with `select_neurons`, or"
+            " hold single weights: `granularity='weight'`."
+        )
+    return row
+
+
+def _begun(name: str, adapter: str, configurations: Mapping[str, Any]) -> ValueError:
+    initialisation = getattr(configurations.get(adapter), "init_lora_weights", "unknown")
+    return ValueError(
+        f"Adapter {adapter!r} expected to add nothing to `{name}` when holding begins, but its product is not zero: it"
+        f" is trained, or its initialisation (`init_lora_weights={initialisation!r}`) starts from another product and"
+        " may change the base weight. Use the default `init_lora_weights=True`; continue a held adapter with"
+        " `load_held_adapter`; merge a trained one into the base and begin a new one."
+    )
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_safety.enforcement.compact import CompactTraining
+from lightning_safety.enforcement.sparse_delta import SparseDelta
 
 
 class AveragedWeights:
@@ -22,7 +23,7 @@ class AveragedWeights:
         training: What trains them, attached.
     """
 
-    def __init__(self, training: CompactTraining) -> None:
+    def __init__(self, training: CompactTraining | SparseDelta) -> None:
         self._training = training
         self.steps = 0
         self._sums: dict[str, Tensor] = {}

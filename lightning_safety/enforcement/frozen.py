@@ -35,7 +35,7 @@ class FrozenParameters:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         frozen = {id(parameter) for parameter in self._parameters}
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(_keep_in_graph)
+            module.register_forward_hook(keep_in_graph)
             for module in model.modules()
             if any(id(parameter) in frozen for parameter in module.parameters(recurse=False))
         ]
@@ -51,7 +51,8 @@ class FrozenParameters:
         self._handles, self._parameters = [], []
 
 
-def _keep_in_graph(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:  # noqa: ARG001
+def keep_in_graph(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:  # noqa: ARG001
+    """Make the output of a module require a gradient where it does not: a forward hook."""
     # Compiled code is never checkpointed reentrantly.
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None

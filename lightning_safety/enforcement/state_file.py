@@ -12,16 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_safety.enforcement.delta_layer import delta_layers
 from lightning_safety.files import replace_atomically
 
 _NAMES_SHOWN = 5
+_BESIDE = ".weight.trained_beside"
 
 
 def read_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name, shared with the module; tied ones once.
 
     Quantised weights, which are integers, and what belongs to them are left out: no training changes them, and
-    bitsandbytes packs them anew as it pleases.
+    bitsandbytes packs them anew as it pleases. What trains beside them (`SparseDelta`) is there.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     quantised = {name for name, weight in parameters.items() if not (weight.is_floating_point() or weight.is_complex())}
@@ -37,7 +39,7 @@ def read_weights(module: nn.Module) -> dict[str, Tensor]:
         if place not in seen or not tensor.numel():
             found[name] = tensor
             seen.add(place)
-    return found
+    return found | {f"{path}{_BESIDE}": acting.trained() for path, acting in delta_layers(module) if acting.quantized}
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -80,6 +82,9 @@ def restore_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     # Not strict: of tied tensors one is there, and quantised ones are not.
     module.load_state_dict(dict(weights), strict=False)
+    for path, acting in delta_layers(module):
+        if acting.quantized and f"{path}{_BESIDE}" in weights:
+            acting.write(weights[f"{path}{_BESIDE}"])
     present = read_weights(module)
     wrong = [name for name in weights if name not in present or not _same_bits(present[name], weights[name])]
     if wrong or len(present) != len(weights):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
@@ -103,13 +102,6 @@ def test_all_weights_frozen(kind: type[SelectedWeightsCallback]) -> None:
     module = Frozen(model.requires_grad_(False))
     with pytest.raises(ValueError, match=r"all are frozen .* nothing that could change"):
         fit(module, [kind(mask=mask_of_everything(model))])
-
-
-@BOTH
-def test_adapters_on_selected_weights(kind: type[SelectedWeightsCallback]) -> None:
-    mask = mask_of_everything(make_smallest_model())
-    peft_model = get_peft_model(make_smallest_model(), LoraConfig(target_modules=["v_proj"], task_type="CAUSAL_LM"))
-    refuse(OwnModule(peft_model), [kind(mask=mask)], r"`model\.layers\.0\.self_attn\.v_proj\.weight` has one \(LoRA")
 
 
 @BOTH

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning import Callback
 
 from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation
-from lightning_safety.scoring import RefusalLikelihood
+from lightning_safety.scoring import MixtureLayout, RefusalLikelihood
 from tests.callbacks.toys import make_smallest_model, mask_of_everything
 
 ARGUMENTS = {
@@ -27,6 +27,7 @@ ARGUMENTS = {
     "seed": 3,
     "include": ["*.mlp.*", "*v_proj*"],
     "exclude": "*.0.*",
+    "mixture": {"experts": "*.moe.experts", "routers": ["*.moe.gate"]},
     "save_mask": "mask.safetensors",
     "show_progress": False,
 }
@@ -49,6 +50,7 @@ def test_arguments(kind: type[Callback], given: bool, tmp_path: Path) -> None:
     assert isinstance(callback.choice.objective, RefusalLikelihood)
     assert callback.choice.fraction == 0.02
     assert callback.choice.include == ["*.mlp.*", "*v_proj*"]
+    assert callback.choice.mixture == MixtureLayout("*.moe.experts", "*.moe.gate")
     assert callback.method == "bottom"
     assert callback.mask == (mask if given else None)
     written = yaml.safe_load(parser.dump(parsed))["callbacks"][0]["init_args"]

@@ -9,7 +9,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from lightning_safety.language import canonical_name
+from lightning_safety.language import canonical_name, weight_shape
 from lightning_safety.scoring import SafetyMask, scored_weights, select_random
 from tests.tiny import make_tiny_model
 
@@ -36,7 +36,7 @@ def train_adapters(model: nn.Module, adapter: str = "default") -> None:
 def make_mask(model: nn.Module, fraction: float = 0.1, seed: int = 0, **options: Any) -> SafetyMask:
     weights = scored_weights(model, **options)
     return select_random(
-        {name: torch.empty(weight.shape, device="meta") for name, weight in weights.items()}, fraction, seed
+        {name: torch.empty(weight_shape(weight), device="meta") for name, weight in weights.items()}, fraction, seed
     )
 
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from lightning_safety.enforcement.adapters import has_adapters, neuron_rows, selected_adapted_layers
+from lightning_safety.enforcement.adapters import adapter_rows, has_adapters, selected_adapted_layers
 from lightning_safety.enforcement.held_lora import HeldLora
 from lightning_safety.scoring import SafetyMask, select_random
 from tests.enforcement.adapters import make_adapted_model, make_mask, train_adapters
@@ -93,12 +93,24 @@ def test_a_merged_adapter_is_refused() -> None:
         HeldLora(mask).attach(model, continued=True)
 
 
-def test_rows_of_whole_neurons() -> None:
+def test_whole_neurons_are_rows_of_b() -> None:
     model = make_adapted_model()
     rows = torch.tensor([3, 9])
     whole = SafetyMask({UP: (rows[:, None] * 32 + torch.arange(32)).view(-1)}, {UP: (64, 32)})
-    (found,) = neuron_rows(selected_adapted_layers(model, whole)).values()
-    assert torch.equal(found, rows)
+    found = adapter_rows(model, whole)
+    name = "model.layers.0.mlp.up_proj.lora_B.default.weight"
+    assert found.indices[name].tolist() == [12, 13, 14, 15, 36, 37, 38, 39]
+    assert found.shapes == {name: (64, 4)}
+
+
+def test_parts_of_neurons_are_refused() -> None:
     part = select_random({UP: torch.empty(64, 32)}, 0.1, 0)
     with pytest.raises(ValueError, match=r"whole neurons .* selects parts of \d+ rows"):
-        neuron_rows(selected_adapted_layers(model, part))
+        adapter_rows(make_adapted_model(), part)
+
+
+def test_neurons_of_a_begun_adapter_are_refused_where_b_is_not_zero() -> None:
+    model = make_adapted_model(init_lora_weights="olora")
+    whole = SafetyMask({UP: torch.arange(32)}, {UP: (64, 32)})
+    with pytest.raises(ValueError, match=r"init_lora_weights='olora'"):
+        adapter_rows(model, whole)
