@@ -52,15 +52,18 @@ def _patch(model: str, file: str, output: str, dtype: str, gguf_file: str | None
     print(f"{'Reverted' if revert else 'Applied'}: {output}")
 
 
-def export(checkpoint: str, output: str, base: str | None = None) -> None:
-    """Write a Hugging Face folder from a Lightning checkpoint.
+def export(checkpoint: str, output: str, base: str | None = None, adapter: bool = False) -> None:
+    """Write a Hugging Face folder from a Lightning checkpoint: the whole model, LoRA adapters merged.
 
     Args:
         checkpoint: A .ckpt file.
         output: The folder to write.
-        base: For a module of your own: the model it was made from (architecture and tokenizer).
+        base: For a module of your own: the model it was made from (architecture and tokenizer). For LoRA adapters:
+            where their base model is, if not where the fit had it.
+        adapter: Write LoRA adapters as peft does, and with them the mask of the weights that were held, instead of a
+            model.
     """
     from lightning_safety.training import export_checkpoint
 
-    export_checkpoint(checkpoint, output, base=base)
+    export_checkpoint(checkpoint, output, base=base, adapter=adapter)
     print(f"Exported: {output}")

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
 
 FILES_KEY = "language_model_files"
 """The checkpoint's key for what `pack_files` returns."""
+
+ADAPTERS_KEY = "language_model_adapters"
+"""The checkpoint's key for what is said of adapters, beside which it holds no base.
+
+``version``, ``active`` (adapters), ``base`` (`sample_base`), and what `describe_interventions` returns.
+"""
+
+ADAPTERS_VERSION = 1
+
+RANDOM_KEY = "random_state"
+"""The checkpoint's key for the state of all random number generators."""
+
+ADAPTERS_FOLDER = "adapters"
+"""Where `pack_files` puts peft's configuration of each adapter, in a folder of the adapter's name."""
 
 
 def pack_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
@@ -28,7 +43,13 @@ def pack_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> di
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)
+        config = copy.deepcopy(model.config)
+        adapters: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+        for adapter, configuration in adapters.items():
+            configuration.save_pretrained(folder / ADAPTERS_FOLDER / adapter)
+            # The base may be loaded in any precision; what it was trained on is among the hyperparameters.
+            vars(config).pop("quantization_config", None)
+        config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         return {
@@ -50,3 +71,31 @@ def unpack_files(files: Mapping[str, Tensor], folder: Path) -> None:
             raise ValueError(f"`checkpoint` expected to hold files of one folder but got {name!r}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.numpy().tobytes())
+
+
+def unpack_model(files: Mapping[str, Tensor]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model of `pack_files`, without memory for its weights (on the meta device), and the tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        unpack_files(files, folder)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(folder)
+
+
+def check_version(described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a checkpoint says of its adapters, if this version understands it.
+
+    Raises:
+        ValueError: It was written by another version of the package.
+    """
+    if described.get("version") != ADAPTERS_VERSION:
+        raise ValueError(
+            f"`checkpoint` expected to hold version {ADAPTERS_VERSION} of adapters but got"
+            f" {described.get('version')!r}. Update lightning-safety."
+        )
+    return described

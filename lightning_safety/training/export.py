@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,33 +13,46 @@ import torch
 from torch import Tensor
 
 from lightning_safety.language import canonical_name, load_causal_lm, load_tokenizer, save_language_model
-from lightning_safety.training.checkpoint import FILES_KEY, unpack_files
+from lightning_safety.training.checkpoint import ADAPTERS_KEY, FILES_KEY, unpack_model
+from lightning_safety.training.export_adapters import export_adapters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    adapter: bool = False,
 ) -> Path:
     """Write the language model of a Lightning checkpoint as a Hugging Face folder.
 
     The folder appears whole or not at all. Weights keep the dtype they have in the checkpoint.
 
+    LoRA adapters of a `CausalLanguageModule` are merged into their base, which is loaded again, unquantised, from where
+    the fit had it. Weights that `SafetyPreservingAdaptation` held keep the bits of that base. Adapters trained on a
+    quantised base are merged into the unquantised one, as is usual: the result differs from the trained model by what
+    quantisation had changed, which is not in it.
+
     Args:
         checkpoint: The ``.ckpt`` file. It is read without running pickled code.
         output: The folder to make.
         base: The model whose architecture and tokenizer the checkpoint has: a hub id, a folder or a known name. Needed
-            unless the checkpoint is a `CausalLanguageModule`'s.
+            unless the checkpoint is a `CausalLanguageModule`'s. For adapters: where the base is now.
+        adapter: Write the adapters instead of a model: a folder of peft, with the mask of what was held if it needs one
+            (then `load_held_adapter` loads it).
 
     Returns:
         The folder.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: There is no such checkpoint, or the base of its adapters is not found.
         FileExistsError: `output` is there and not empty.
-        ValueError: The file is no Lightning checkpoint, needs `base`, holds peft adapters, or does not hold exactly one
-            model of that architecture (the message lists what it holds).
+        ValueError: The file is no Lightning checkpoint, needs `base`, holds adapters of another module, none with
+            `adapter`, or on another base; or does not hold exactly one model of that architecture (the message lists
+            what it holds).
     """
     target = Path(output)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -49,17 +61,26 @@ def export_checkpoint(
         )
     content = _load_checkpoint(Path(checkpoint))
     weights = {canonical_name(name): value for name, value in content["state_dict"].items()}
-    adapters = [name for name in weights if "lora_" in name]
-    if adapters:
+    if ADAPTERS_KEY in content:
+        export_adapters(content, target, base=base, merge=not adapter)
+        return target
+    if adapter:
         raise ValueError(
-            f"`checkpoint` expected to hold whole weights but holds {len(adapters)} adapter weights (such as "
-            f"{adapters[0]!r}), which export cannot merge yet. Call `merge_and_unload()` on the peft model, then "
-            f"`save_pretrained`."
+            "`adapter` expected the checkpoint of a CausalLanguageModule with `lora` but this one holds no adapters of"
+            " one. Leave `adapter` out to write the whole model."
+        )
+    foreign = [name for name in weights if "lora_" in name]
+    if foreign:
+        raise ValueError(
+            f"`checkpoint` expected to hold whole weights, or the adapters of a CausalLanguageModule, but holds"
+            f" {len(foreign)} adapter weights of another module (such as {foreign[0]!r}). Load that module, then call"
+            " `save_held_adapter` or `merge_held_adapter` (`save_pretrained` or `merge_and_unload` if nothing was held)"
+            " on its peft model."
         )
     if base is not None:
         model, tokenizer = load_causal_lm(base), load_tokenizer(base)
     elif FILES_KEY in content:
-        model, tokenizer = _unpack(content[FILES_KEY])
+        model, tokenizer = unpack_model(content[FILES_KEY])
     else:
         raise ValueError(
             "`base` expected to name the model that was fine-tuned but got None, and only checkpoints of "
@@ -85,20 +106,6 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"`checkpoint` expected to be a Lightning checkpoint but {str(path)!r} has no `state_dict`.")
     return content
-
-
-def _unpack(files: Mapping[str, Tensor]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Make the tokenizer, and the model without memory for its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        unpack_files(files, folder)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:

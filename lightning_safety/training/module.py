@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_safety.arguments import closest
 from lightning_safety.language import find_tokenizer, load_causal_lm, load_tokenizer
-from lightning_safety.training.checkpoint import FILES_KEY, pack_files
-from lightning_safety.training.counters import correct_at_fit_start
+from lightning_safety.training.adapters import add_lora, check_lora
 from lightning_safety.training.loss import predict_responses, response_loss, retention_divergence
+from lightning_safety.training.resumable import ResumableLanguageModule
 from lightning_safety.training.schedule import SCHEDULES, make_schedule
 
 if TYPE_CHECKING:
@@ -25,9 +23,10 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 LOSS_AVERAGES = ("token", "example")
+QUANTIZATIONS = ("nf4", "int8")
 
 
-class CausalLanguageModule(pl.LightningModule):
+class CausalLanguageModule(ResumableLanguageModule):
     """Trains a causal language model on the batches of `InstructionDataModule`.
 
     Logs ``train/loss``, ``val/loss``, ``val/perplexity`` and, with a retention term, ``train/retention``. Validation
@@ -51,13 +50,20 @@ class CausalLanguageModule(pl.LightningModule):
         loss_average: ``"token"``: the mean negative log-likelihood over the response tokens of the batch.
             ``"example"``: the mean over examples of each one's mean, so that short responses count like long ones.
         retention_weight: Adds this times the mean KL divergence, in nats per response token, from the start model to
-            the current one, on the rows whose source says ``retention: true``. Costs a second copy of the
-            weights (never saved in checkpoints) and a second forward pass.
+            the current one, on the rows whose source says ``retention: true``. Costs a second forward pass and a second
+            copy of the weights, never saved in checkpoints; with adapters no copy: the start model is that without.
         gradient_checkpointing: Computes activations twice instead of keeping them.
+        lora: Arguments of `peft.LoraConfig` (`LORA_ARGUMENTS`): trains LoRA adapters, by default on all linear layers
+            but the output head, and nothing else; ``{}`` for peft's defaults. Checkpoints then hold what trains and not
+            the base, which is loaded again from `source` and must be the same. A `PeftModel` as `source` is treated
+            alike.
+        quantization: ``"nf4"`` or ``"int8"``: the base in 4 or 8 bits (bitsandbytes), for `lora`. All that is not
+            quantised has `dtype`, in which products are computed too.
 
     Raises:
         TypeError: A loaded model came without `tokenizer`.
-        ValueError: An unknown name or a number out of range.
+        ValueError: An unknown name or a number out of range, `quantization` without `lora` or of a loaded model, or
+            `retention_weight` with adapters that the start model cannot be told from.
 
     Example:
         >>> CausalLanguageModule("smollm2-135m-instruct", loss_average="tokens")
@@ -68,7 +74,8 @@ class CausalLanguageModule(pl.LightningModule):
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | PreTrainedModel,
+        # The model first: jsonargparse would take what YAML says of one for a path.
+        source: PreTrainedModel | str | os.PathLike[str],
         *,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         dtype: str = "float32",
@@ -83,8 +90,9 @@ class CausalLanguageModule(pl.LightningModule):
         loss_average: Literal["token", "example"] = "token",
         retention_weight: float = 0.0,
         gradient_checkpointing: bool = False,
+        lora: dict[str, Any] | None = None,
+        quantization: Literal["nf4", "int8"] | None = None,
     ) -> None:
-        super().__init__()
         _check_choice("optimizer", optimizer, OPTIMIZERS)
         _check_choice("schedule", schedule, SCHEDULES)
         _check_choice("loss_average", loss_average, LOSS_AVERAGES)
@@ -93,6 +101,11 @@ class CausalLanguageModule(pl.LightningModule):
         _check_range("warmup_fraction", warmup_fraction, 0, 1)
         _check_range("retention_weight", retention_weight, 0, math.inf)
         loaded = not isinstance(source, str | os.PathLike)
+        lora = None if lora is None else check_lora(lora)
+        _check_quantization(quantization, lora, loaded=loaded)
+        model, tokenizer_object = _load(source, tokenizer, dtype, gguf_file, trust_remote_code, quantization)
+        model = model if lora is None else add_lora(model, lora)
+        super().__init__(model, tokenizer_object, keeps_start=bool(retention_weight))
         self.save_hyperparameters(
             {
                 "source": str(getattr(source, "name_or_path", "")) if loaded else os.fspath(source),
@@ -109,16 +122,13 @@ class CausalLanguageModule(pl.LightningModule):
                 "loss_average": loss_average,
                 "retention_weight": retention_weight,
                 "gradient_checkpointing": gradient_checkpointing,
+                "lora": lora,
+                "quantization": quantization,
             }
         )
         self.learning_rate = learning_rate
-        self.model, self.tokenizer = _load(source, tokenizer, dtype, gguf_file, trust_remote_code)
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
-        # In a tuple it is no submodule: the module holds one language model, and checkpoints hold one copy.
-        self._start_model: tuple[PreTrainedModel, ...] = ()
-        if retention_weight:
-            self._start_model = (copy.deepcopy(self.model).eval().requires_grad_(False),)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Models are loaded in evaluation mode, and Lightning trains what it finds.
@@ -129,18 +139,15 @@ class CausalLanguageModule(pl.LightningModule):
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits
 
-    def on_train_start(self) -> None:
-        """Correct Lightning's count of epochs after a resume."""
-        correct_at_fit_start(self.trainer)
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one batch of `InstructionDataModule`, or of any with tokens, attention mask and labels."""
-        predictions = predict_responses(self.model, batch)
+        predictions = predict_responses(self.language_model, batch)
         loss = response_loss(predictions, self.hparams["loss_average"], batch.get("weight"))
         examples = len(batch["labels"])
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=examples)
-        if self._start_model:
-            divergence = retention_divergence(predictions, self._start_model_on(loss.device), batch)
+        if self.hparams["retention_weight"]:
+            with self.start_model(loss.device) as start_model:
+                divergence = retention_divergence(predictions, start_model, batch)
             self.log("train/retention", divergence.detach(), batch_size=examples)
             loss = loss + self.hparams["retention_weight"] * divergence
         return loss
@@ -189,12 +196,8 @@ class CausalLanguageModule(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration and tokenizer files that `export_checkpoint` reads."""
-        checkpoint[FILES_KEY] = pack_files(self.model, self.tokenizer)
-
     def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric) -> None:
-        predictions = predict_responses(self.model, batch)
+        predictions = predict_responses(self.language_model, batch)
         metric.update(response_loss(predictions), weight=len(predictions.targets))
 
     def _log_evaluation(self, stage: str, metric: MeanMetric) -> None:
@@ -202,17 +205,13 @@ class CausalLanguageModule(pl.LightningModule):
         self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp()}, prog_bar=True)
         metric.reset()
 
-    def _start_model_on(self, device: torch.device) -> PreTrainedModel:
-        # Lightning moves submodules only.
-        return self._start_model[0].to(device)
-
 
 def _load(
-    source: Any, tokenizer: Any, dtype: str, gguf_file: str | None, trust_remote_code: bool
+    source: Any, tokenizer: Any, dtype: str, gguf_file: str | None, trust_remote_code: bool, quantization: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
     if isinstance(source, str | os.PathLike):
-        model = load_causal_lm(source, dtype=dtype, **options)
+        model = load_causal_lm(source, dtype=dtype, quantization=quantization, **options)
         return model, find_tokenizer(tokenizer) if tokenizer is not None else load_tokenizer(source, **options)
     if tokenizer is None:
         raise TypeError(
@@ -230,3 +229,19 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
         raise ValueError(f"`{name}` expected to be a number in [{low}, {high}) but got {value!r}.")
+
+
+def _check_quantization(quantization: str | None, lora: dict[str, Any] | None, *, loaded: bool) -> None:
+    if quantization is None:
+        return
+    _check_choice("quantization", quantization, QUANTIZATIONS)
+    if lora is None:
+        raise ValueError(
+            f"`quantization={quantization!r}` expected `lora` beside it but got None: quantised weights cannot be"
+            " trained, and adapters on them can. Pass `lora={}` or its arguments, or leave out `quantization`."
+        )
+    if loaded:
+        raise ValueError(
+            f"`quantization={quantization!r}` expected a `source` to load but got a loaded model. Load it so:"
+            f" `load_causal_lm(…, quantization={quantization!r})`, and leave the argument out here."
+        )
