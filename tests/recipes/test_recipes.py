@@ -23,10 +23,14 @@ def parse(words):
 def test_the_recipes_are_these():
     assert recipe_names() == [
         "instruction_tuning_baseline",
+        "instruction_tuning_lora_spa",
+        "instruction_tuning_qlora_spa",
         "instruction_tuning_spa",
         "instruction_tuning_watched",
+        "moe_spa",
         "quickstart",
         "set_full",
+        "set_lora",
         "train_guard",
     ]
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holding 1 % of the base weights costs under LoRA on SmolLM2-135M-Instruct, per step and in memory.
+
+python benchmarks/held_lora.py
+
+LoRA of rank 16 on all linear layers, AdamW, float32, batches of 4 × 128 tokens. Steps of all ways take turns in one
+process; memory is the peak of a fresh process each, less what it has before the model is there.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from side_by_side import compare
+
+from lightning_safety.enforcement import HeldLora, WeightHolder
+from lightning_safety.enforcement.adapters import adapter_rows
+from lightning_safety.language import BUNDLED_MODEL, find_language_model, load_causal_lm, load_tokenizer
+from lightning_safety.scoring import (
+    RefusalMargin,
+    SafetyMask,
+    expected_safety_impact,
+    select_neurons,
+    select_random,
+    select_top,
+)
+
+FRACTION = 0.01
+ROUNDS = 9
+BATCH, LENGTH = 4, 128
+WAYS = ("single weights", "random weights", "whole neurons")
+
+
+class Training:
+    """A model with adapters, and one step of its training."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.model = peft.get_peft_model(load_causal_lm(BUNDLED_MODEL, dtype="float32"), config).train()
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        self.tokens = torch.randint(100, 49000, (BATCH, LENGTH))
+
+    def step(self) -> None:
+        """Make one."""
+        self.optimizer.zero_grad()
+        self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        self.optimizer.step()
+
+    def hold(self, way: str, mask: SafetyMask) -> None:
+        """Hold from here on, as `SafetyPreservingAdaptation` does."""
+        model = find_language_model(self.model)
+        WeightHolder(mask).attach(model, [self.optimizer])
+        if way == "whole neurons":
+            WeightHolder(adapter_rows(model, mask)).attach(model, [self.optimizer])
+        else:
+            HeldLora(mask).attach(model)
+
+
+def make_masks(model: Any) -> dict[str, SafetyMask]:
+    """Score the model as a fit does."""
+    scores = expected_safety_impact(model, RefusalMargin(), load_tokenizer(BUNDLED_MODEL))
+    return {
+        "single weights": select_top(scores, FRACTION),
+        "random weights": select_random(scores, FRACTION, 0),
+        "whole neurons": select_neurons(scores, FRACTION),
+    }
+
+
+def main() -> None:
+    """Print both tables."""
+    trainings = {way: Training() for way in ("plain LoRA", *WAYS)}
+    with tempfile.TemporaryDirectory() as folder:
+        for way, mask in make_masks(find_language_model(trainings["plain LoRA"].model)).items():
+            mask.save(Path(folder) / way)
+            trainings[way].hold(way, mask)
+        for training in trainings.values():
+            training.step()
+        compare({way: training.step for way, training in trainings.items()}, rounds=ROUNDS, unit="seconds")
+        print("\n| | peak of a fresh process, MiB |\n|---|---|")
+        for way in trainings:
+            command = [sys.executable, __file__, way, str(Path(folder) / way)]
+            print(f"| {way} | {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()} |")
+
+
+def measure_memory(way: str, file: str) -> None:
+    """Print how much three steps add to the memory of this process, model included."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    training = Training()
+    if way in WAYS:
+        training.hold(way, SafetyMask.load(file))
+    for _ in range(3):
+        training.step()
+    print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f}")
+
+
+if __name__ == "__main__":
+    measure_memory(*sys.argv[1:]) if sys.argv[1:] else main()
