@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_safety.enforcement.delta_layer import delta_layers
 from lightning_safety.files import replace_atomically
+from lightning_safety.language.quantized import is_quantized_weight
 
 _NAMES_SHOWN = 5
 _BESIDE = ".weight.trained_beside"
@@ -22,11 +23,11 @@ _BESIDE = ".weight.trained_beside"
 def read_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name, shared with the module; tied ones once.
 
-    Quantised weights, which are integers, and what belongs to them are left out: no training changes them, and
-    bitsandbytes packs them anew as it pleases. What trains beside them (`SparseDelta`) is there.
+    Quantised weights and what belongs to them are left out: no training changes them, and bitsandbytes packs them anew
+    as it pleases. What trains beside them (`SparseDelta`) is there.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    quantised = {name for name, weight in parameters.items() if not (weight.is_floating_point() or weight.is_complex())}
+    quantised = {name for name, weight in parameters.items() if _is_packed(weight)}
     of_quantised = tuple(f"{name.rpartition('.')[0]}." for name in quantised)
     own = parameters.keys() - quantised | dict(module.named_buffers(remove_duplicate=False)).keys()
     found, seen = {}, set()
@@ -40,6 +41,10 @@ def read_weights(module: nn.Module) -> dict[str, Tensor]:
             found[name] = tensor
             seen.add(place)
     return found | {f"{path}{_BESIDE}": acting.trained() for path, acting in delta_layers(module) if acting.quantized}
+
+
+def _is_packed(weight: Tensor) -> bool:
+    return is_quantized_weight(weight) or not (weight.is_floating_point() or weight.is_complex())
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from lightning_safety.arguments import closest
+from lightning_safety.language.quantized import weight_shape
 
 _LEADING_WRAPPERS = (("_orig_mod",), ("module",), ("base_model", "model"))
 _INNER_WRAPPERS = ("_orig_mod", "base_layer")
@@ -191,4 +193,4 @@ def _list_modules(module: nn.Module) -> str:
 
 
 def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(math.prod(weight_shape(parameter)) for parameter in model.parameters())
