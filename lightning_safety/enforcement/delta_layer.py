@@ -120,8 +120,13 @@ class DeltaLayer:
         """
         self.values.requires_grad_(False)
         self.values.grad = None
-        if not self.quantized:
+        if self._base is None or torch.equal(self.values, self._base.to(self.values.dtype)):
             self.remove()
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is on the layer."""
+        return self._handle is not None
 
     def remove(self) -> None:
         """Leave the layer alone. A second time it does nothing."""
@@ -153,7 +158,7 @@ class DeltaLayer:
         output: Tensor,
     ) -> Tensor | None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        # An expert may get no token.
+        # An expert that no token reached has not run.
         if not inputs.numel():
             return None
         self.ran = True

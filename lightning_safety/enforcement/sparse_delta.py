@@ -202,7 +202,7 @@ class SparseDelta:
         self._let_go()
         for layer in self._layers:
             layer.end()
-        self._layers = [layer for layer in self._layers if layer.quantized]
+        self._layers = [layer for layer in self._layers if layer.acts]
 
     def release(self) -> None:
         """End the training, and make the model what it was before it. Releasing twice does nothing."""

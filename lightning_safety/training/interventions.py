@@ -17,6 +17,7 @@ from lightning_safety.enforcement.delta_layer import delta_layers
 from lightning_safety.enforcement.entries import gather_entries
 from lightning_safety.enforcement.held_lora import held_mask
 from lightning_safety.language import canonical_name
+from lightning_safety.language.quantized import is_quantized_weight
 from lightning_safety.scoring import SafetyMask
 
 if TYPE_CHECKING:
@@ -126,10 +127,15 @@ def held_weights(
 
 def _trained(model: nn.Module, mask: SafetyMask, left_out: Collection[str]) -> list[dict[str, Any]]:
     weights = {canonical_name(name): weight for name, weight in model.named_parameters()}
-    selected = {name: indices for name, indices in mask.indices.items() if indices.numel() and name in left_out}
+    beside = {acting.name: acting.trained() for _, acting in delta_layers(model)}
+    # Beside a quantised weight nothing acts before something has trained.
+    selected = {
+        name: indices
+        for name, indices in mask.indices.items()
+        if indices.numel() and name in left_out and (name in beside or not is_quantized_weight(weights[name]))
+    }
     if not selected:
         return []
-    beside = {acting.name: acting.trained() for _, acting in delta_layers(model)}
     entries = {
         name: beside[name] if name in beside else gather_entries(weights[name], indices.to(weights[name].device))
         for name, indices in selected.items()

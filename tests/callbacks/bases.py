@@ -53,6 +53,12 @@ class BasedModule(OwnModule):
     def configure_optimizers(self) -> Any:
         return self.make_optimizers(list(self.parameters()))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out eight-bit layers, which bitsandbytes does not load twice."""
+        weights = checkpoint["state_dict"]
+        packed = tuple(name.removesuffix("SCB") for name in weights if name.endswith("SCB"))
+        checkpoint["state_dict"] = {name: weights[name] for name in weights if not name.startswith(packed)}
+
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("loss", self.model(input_ids=batch, labels=batch, use_cache=False).loss)
 

@@ -183,6 +183,18 @@ def test_another_training_goes_on_from_the_difference_that_acts() -> None:
     assert all(torch.equal(values, wanted[name]) for name, values in patch.after.items())
 
 
+def test_a_training_without_a_step_leaves_nothing() -> None:
+    model = make_quantized_model("nf4")
+    mask, other = make_mask(model), make_mask(model, seed=1)
+    optimizer = adamw(model)
+    delta = SparseDelta(mask).attach(model, [optimizer])
+    base = logits_of(model)
+    delta.settle()
+    assert count_traces(model, optimizer) == 0
+    assert torch.equal(logits_of(model), base)
+    fit(model, other, 1)
+
+
 def test_rewinding_goes_back_to_where_this_training_began() -> None:
     model = make_quantized_model("nf4")
     mask = make_mask(model)
