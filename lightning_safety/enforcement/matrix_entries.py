@@ -106,42 +106,30 @@ class MatrixEntries:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    # Products of the matrix C that holds `values` at the entries; tokens along the last dimension ------------------
+    # The matrix C that holds `values` at the entries -----------------------------------------------------------------
 
-    def times(self, values: Tensor, taken: Tensor) -> Tensor:
-        """Return C · X, [out, tokens], from the used rows of X: [used columns, tokens]."""
-        if self.dense:
-            product = self._rectangle(values) @ taken
-            return product.new_zeros(self.shape[0], taken.shape[1]).index_copy_(0, self.rows, product)
+    def matrix(self, values: Tensor) -> Tensor:
+        """Return the used columns of C, [out, used columns]; sparse unless products are dense."""
         size = (self.shape[0], self.columns.numel())
-        return _multiply(_sparse(self.row_starts, self.entry_columns, values, size), taken)
-
-    def transposed_times(self, values: Tensor, taken: Tensor) -> Tensor:
-        """Return Cᵀ · Y, [in, tokens], from the used rows of Y: [used rows, tokens]."""
         if self.dense:
-            product = self._rectangle(values).t() @ taken
-            return product.new_zeros(self.shape[1], taken.shape[1]).index_copy_(0, self.columns, product)
-        size = (self.shape[1], self.rows.numel())
-        return _multiply(_sparse(self.column_starts, self.entry_rows, values[self.by_column], size), taken)
+            return _filled(values, _row_of_each(self.row_starts) * size[1] + self.entry_columns, size)
+        return _sparse(self.row_starts, self.entry_columns, values, size)
+
+    def transposed_matrix(self, values: Tensor) -> Tensor:
+        """Return the used rows of C, transposed, [in, used rows]; sparse unless products are dense."""
+        size, values = (self.shape[1], self.rows.numel()), values[self.by_column]
+        if self.dense:
+            return _filled(values, _row_of_each(self.column_starts) * size[1] + self.entry_rows, size)
+        return _sparse(self.column_starts, self.entry_rows, values, size)
 
     def sampled(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the entries of Y · Z, [entries], from Y's used rows [used rows, k] and Z's used columns [k, used]."""
         size = (self.rows.numel(), self.columns.numel())
         if self.dense:
-            return (left @ right).view(-1)[self._flat_in_rectangle()]
+            return (left @ right).view(-1)[_row_of_each(self.used_row_starts) * size[1] + self.entry_columns]
         pattern = _sparse(self.used_row_starts, self.entry_columns, left.new_zeros(self.count), size)
         sampled: Tensor = torch.sparse.sampled_addmm(pattern, left, right, beta=0.0)
         return sampled.values()
-
-    def _rectangle(self, values: Tensor) -> Tensor:
-        """Return the dense matrix of used rows and columns."""
-        size = (self.rows.numel(), self.columns.numel())
-        return values.new_zeros(size[0] * size[1]).index_copy_(0, self._flat_in_rectangle(), values).view(size)
-
-    def _flat_in_rectangle(self) -> Tensor:
-        lengths = self.used_row_starts.diff()
-        row = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
-        return row * self.columns.numel() + self.entry_columns
 
 
 def entries_of_product(left: Tensor, right: Tensor, entries: MatrixEntries) -> Tensor:
@@ -197,8 +185,8 @@ class _EntriesOfProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         left, right = ctx.saved_tensors
         with torch.autocast(left.device.type, enabled=False):
-            left_gradient = ctx.entries.times(gradient, right.t().contiguous())
-            right_gradient = ctx.entries.transposed_times(gradient, left)
+            left_gradient = _multiply(ctx.entries.matrix(gradient), right.t().contiguous())
+            right_gradient = _multiply(ctx.entries.transposed_matrix(gradient), left)
         return left_gradient, right_gradient.t(), None
 
 
@@ -211,10 +199,10 @@ class _AddSparseProduct(torch.autograd.Function):
         ctx.entries, ctx.scale = entries, scale
         # A result with the strides of the product would slow down every step that follows.
         result = torch.empty_like(output, memory_format=torch.contiguous_format)
-        scaled = values * scale
+        matrix = entries.matrix(values * scale)
         with torch.autocast(values.device.type, enabled=False):
             for source, added, target in zip(*map(_in_parts, (inputs, output, result)), strict=True):
-                product = entries.times(scaled, _taken(source, entries.columns, values.dtype))
+                product = _multiply(matrix, _taken(source, entries.columns, values.dtype))
                 torch.add(added, product.t(), out=target)
         return result
 
@@ -225,18 +213,18 @@ class _AddSparseProduct(torch.autograd.Function):
         entries: MatrixEntries = ctx.entries
         inputs_gradient = torch.empty_like(inputs, memory_format=torch.contiguous_format)
         values_gradient = torch.zeros_like(values)
-        scaled = values * ctx.scale
+        matrix = entries.transposed_matrix(values * ctx.scale) if ctx.needs_input_grad[1] else None
         with torch.autocast(values.device.type, enabled=False):
             for upstream, source, target in zip(*map(_in_parts, (gradient, inputs, inputs_gradient)), strict=True):
                 taken = _taken(upstream, entries.rows, values.dtype)
-                if ctx.needs_input_grad[1]:
-                    target.copy_(entries.transposed_times(scaled, taken).t())
+                if matrix is not None:
+                    target.copy_(_multiply(matrix, taken).t())
                 if ctx.needs_input_grad[2]:
                     columns = _taken(source, entries.columns, values.dtype)
                     values_gradient.add_(entries.sampled(taken, columns.t()), alpha=ctx.scale)
         return (
             gradient,
-            inputs_gradient if ctx.needs_input_grad[1] else None,
+            inputs_gradient if matrix is not None else None,
             values_gradient if ctx.needs_input_grad[2] else None,
             None,
             None,
@@ -255,8 +243,8 @@ def _taken(tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply(matrix: Tensor, dense: Tensor) -> Tensor:
-    """Return the product of a sparse matrix and a dense one."""
-    if dense.device.type == "cpu":
+    """Return the product of a sparse or dense matrix and a dense one."""
+    if matrix.layout == torch.sparse_csr and dense.device.type == "cpu":
         # Twice as fast as `mm`, which other devices need.
         product: Tensor = torch.sparse.mm(matrix, dense, "sum")
         return product
@@ -272,6 +260,17 @@ def _sparse(starts: Tensor, places: Tensor, values: Tensor, size: tuple[int, int
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)
     _sparse(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
+def _filled(values: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a dense matrix with values at flat places, and zeros elsewhere."""
+    return values.new_zeros(size[0] * size[1]).index_copy_(0, places, values).view(size)
+
+
+def _row_of_each(starts: Tensor) -> Tensor:
+    """Return the row of each entry from where the rows begin."""
+    lengths = starts.diff()
+    return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
 
 
 def _starts(sorted_or_not: Tensor, count: int) -> Tensor:
