@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def check_fraction(value: float, name: str = "fraction") -> float:
@@ -47,6 +47,25 @@ def check_positive(value: int, name: str) -> int:
     if value < 1:
         raise ValueError(f"`{name}` expected to be at least 1 but got {value}.")
     return value
+
+
+def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
+    """Make sure that `value` is one of `choices`.
+
+    Raises:
+        ValueError: It is not; the message names the closest.
+
+    Example:
+        >>> check_choice("to", "method", ["top", "bottom"])
+        Traceback (most recent call last):
+        ...
+        ValueError: `method` expected to be one of 'top', 'bottom' but got 'to'. Did you mean `top` or `bottom`?
+    """
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` expected to be one of {', '.join(map(repr, choices))} but got {value!r}."
+            f" {closest(str(value), choices)}"
+        )
 
 
 def closest(name: str, choices: Iterable[str], count: int = 3) -> str:

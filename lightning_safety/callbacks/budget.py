@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_safety.arguments import check_positive, closest
+from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.callbacks.budget_texts import (
     what_bars_a_budget,
     what_can_be_detected,
@@ -87,11 +87,7 @@ class SafetyBudget(pl.Callback, SafetyListener):
     ) -> None:
         self.metric = f"safety/{metric.removeprefix('safety/')}"
         self.max_increase = check_margin(max_increase, "max_increase")
-        if action not in get_args(BudgetAction):
-            raise ValueError(
-                f"`action` expected to be one of {', '.join(map(repr, get_args(BudgetAction)))} but got {action!r}."
-                f" {closest(str(action), get_args(BudgetAction))}"
-            )
+        check_choice(action, "action", get_args(BudgetAction))
         self.action = action
         self.patience = check_positive(patience, "patience")
         self.alpha = check_alpha(alpha)

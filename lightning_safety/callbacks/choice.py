@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_safety.arguments import check_fraction, check_positive, closest
+from lightning_safety.arguments import check_choice, check_fraction, check_positive
 from lightning_safety.language.quantized import weight_shape
 from lightning_safety.scoring import (
     MixtureLayout,
@@ -59,16 +59,8 @@ class WeightChoice:
     def __post_init__(self) -> None:
         self.fraction = check_fraction(self.fraction)
         check_positive(self.batch_size, "batch_size")
-        if self.method not in get_args(Method):
-            raise ValueError(
-                f"`method` expected to be one of {', '.join(map(repr, get_args(Method)))} but got {self.method!r}."
-                f" {closest(str(self.method), get_args(Method))}"
-            )
-        if self.granularity not in get_args(Granularity):
-            raise ValueError(
-                f"`granularity` expected to be one of {', '.join(map(repr, get_args(Granularity)))} but got"
-                f" {self.granularity!r}. {closest(str(self.granularity), get_args(Granularity))}"
-            )
+        check_choice(self.method, "method", get_args(Method))
+        check_choice(self.granularity, "granularity", get_args(Granularity))
         check_layout(self.mixture)
         if self.objective is not None and not isinstance(self.objective, SafetyObjective):
             raise TypeError(

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from lightning_safety.language import canonical_name, is_quantized_weight, named_weights, weight_shape
+from lightning_safety.language import canonical_name, count_weights, is_quantized_weight, named_weights
+from lightning_safety.scoring.mask import union_of_masks
 
 if TYPE_CHECKING:
     from lightning_safety.callbacks.selected import SelectedWeightsCallback
@@ -82,11 +81,9 @@ def held_fraction(callbacks: Sequence[SelectedWeightsCallback], model: nn.Module
         if callback.trains and callback.mask is not None:
             return 1 - callback.mask.count / total
     masks = [callback.mask for callback in callbacks if callback.mask is not None]
-    names = {name for mask in masks for name in mask.indices}
-    held = ([mask.indices[name] for mask in masks if name in mask.indices] for name in names)
-    return sum(int(torch.unique(torch.cat(indices)).numel()) for indices in held) / total
+    return union_of_masks(masks).count / total
 
 
 def number_of_weights(model: nn.Module) -> int:
     """Return the number of weights of a model, tied ones once."""
-    return sum(math.prod(weight_shape(weight)) for weight in named_weights(model).values())
+    return count_weights(named_weights(model).values())

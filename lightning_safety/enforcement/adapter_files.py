@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lightning_safety.enforcement.adapters import has_adapters, selected_adapted_layers
-from lightning_safety.enforcement.held_lora import HeldLora
-from lightning_safety.enforcement.merge import check_held_by, check_peft_model
+from lightning_safety.enforcement.held_lora import HeldLora, check_held_by
+from lightning_safety.enforcement.merge import check_peft_model
 from lightning_safety.files import make_folder_atomically
 from lightning_safety.scoring.mask import SafetyMask
 

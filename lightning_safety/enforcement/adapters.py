@@ -141,6 +141,11 @@ def _begun(name: str, adapter: str, configurations: Mapping[str, Any]) -> ValueE
     )
 
 
+def adapter_kind(layer: object) -> str:
+    """Return what peft calls a layer with adapters, for messages: for instance ``"lora.layer.Linear"``."""
+    return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+
+
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield layers that adapters of peft change, with their names; peft is looked for only where it can be."""
     for path, module in model.named_modules():
@@ -152,11 +157,12 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _check_kind(name: str, layer: Any) -> None:
     from peft.tuners.lora import LoraLayer
 
-    kind = f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
     what = f"`{name}` expected to have LoRA adapters that can be held"
     advice = "Use plain LoRA (`peft.LoraConfig`), or leave this layer out of the mask or of `target_modules`."
     if not isinstance(layer, LoraLayer) or type(layer).__name__ not in _LINEAR_KINDS:
-        raise ValueError(f"{what} but has an adapter of the kind {kind}, which is not supported. {advice}")
+        raise ValueError(
+            f"{what} but has an adapter of the kind {adapter_kind(layer)}, which is not supported. {advice}"
+        )
     for adapter in layer.lora_A:
         variant = layer.lora_variant.get(adapter)
         if variant is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -20,7 +19,10 @@ from lightning_safety.enforcement.optimizers import (
     check_elementwise,
     check_reports_steps,
     check_state_is_elementwise,
+    evaluated_again,
+    optimized_parameters,
 )
+from lightning_safety.enforcement.releasable import Releasable
 from lightning_safety.scoring.mask import SafetyMask
 
 _NAMES_SHOWN = 5
@@ -29,7 +31,7 @@ _NAMES_SHOWN = 5
 _VECTOR = 64
 
 
-class CompactTraining:
+class CompactTraining(Releasable):
     """Trains the weights that a mask selects; everything else stays bit-identical.
 
     From `attach` on, the optimizers hold one 1-D parameter per tensor with selected entries in place of the model's
@@ -86,7 +88,9 @@ class CompactTraining:
         by_parameter = {id(tensor.parameter): tensor for tensor in trained}
         of_model = {id(parameter): parameter for parameter in model.parameters()}
         unselected = [parameter for key, parameter in of_model.items() if key not in by_parameter]
-        others = {id(p): p for optimizer in optimizers for p in _parameters(optimizer) if id(p) not in of_model}
+        others = {
+            id(p): p for optimizer in optimizers for p in optimized_parameters(optimizer) if id(p) not in of_model
+        }
         for optimizer in optimizers:
             _replace_parameters(optimizer, by_parameter)
         self._trained, self._unchecked = trained, set(optimizers)
@@ -137,19 +141,11 @@ class CompactTraining:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         if optimizer in self._unchecked:
-            for parameter in _parameters(optimizer):
+            for parameter in optimized_parameters(optimizer):
                 check_state_is_elementwise(optimizer, parameter)
             self._unchecked.remove(optimizer)
         for tensor in self._trained:
             tensor.write_back()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class _TrainedTensor:
@@ -180,10 +176,7 @@ class _TrainedTensor:
         if gradient is None or not self.compact.requires_grad:
             return
         if self.compact._version != self._written:
-            raise RuntimeError(
-                "The optimizer expected to evaluate the model once in a step but it did so again after changing the"
-                f" weights (`{self.name}`). Use one that takes a gradient and makes a step, such as AdamW."
-            )
+            raise evaluated_again(self.name)
         entries = self._gather(gradient)
         if self.compact.grad is None:
             self.compact.grad = entries
@@ -218,7 +211,7 @@ def _check_trainable(trained: list[_TrainedTensor], optimizers: list[Optimizer])
             f"`mask` expected to select trainable weights but {_listed(frozen)} frozen (`requires_grad=False`)."
             " Unfreeze them, or score with `exclude=` so that none of their weights is selected."
         )
-    held = [{id(parameter) for parameter in _parameters(optimizer)} for optimizer in optimizers]
+    held = [{id(parameter) for parameter in optimized_parameters(optimizer)} for optimizer in optimizers]
     absent = [tensor.name for tensor in trained if not any(id(tensor.parameter) in ids for ids in held)]
     if absent:
         raise ValueError(
@@ -247,10 +240,6 @@ def _replace_parameters(optimizer: Optimizer, by_parameter: dict[int, _TrainedTe
         group["params"] = [tensor.compact for tensor in trained]
         if "param_names" in group:
             group["param_names"] = [tensor.name for tensor in trained]
-
-
-def _parameters(optimizer: Optimizer) -> list[torch.nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _listed(names: list[str]) -> str:

@@ -14,8 +14,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from lightning_safety.enforcement.adapters import adapter_kind
 from lightning_safety.enforcement.entries import gather_entries, scatter_entries
 from lightning_safety.enforcement.matrix_entries import MatrixEntries, add_sparse_product
+from lightning_safety.enforcement.optimizers import evaluated_again
 from lightning_safety.language.find import canonical_name
 from lightning_safety.language.quantized import dequantized_weight, is_quantized_weight
 
@@ -168,10 +170,7 @@ class DeltaLayer:
         if not torch.is_grad_enabled() or not self.values.requires_grad:
             return None
         if self.values._version != self._written:
-            raise RuntimeError(
-                "The optimizer expected to evaluate the model once in a step but it did so again after changing the"
-                f" weights (`{self.name}`). Use one that takes a gradient and makes a step, such as AdamW."
-            )
+            raise evaluated_again(self.name)
         apply: Any = _GradientOfEntries.apply
         result: Tensor = apply(output, inputs, self.values, self.entries)
         return result
@@ -227,8 +226,7 @@ def _check_adapters(name: str, adapted: Any) -> None:
     """Refuse adapters that do more to a layer than to add something to its output."""
     plain = hasattr(adapted, "lora_variant") and not adapted.lora_variant
     if not plain:
-        kind = f"{type(adapted).__module__.removeprefix('peft.tuners.')}.{type(adapted).__name__}"
-        found = f"others ({kind}), or a variant such as DoRA: they use the weight in ways of their own"
+        found = f"others ({adapter_kind(adapted)}), or a variant such as DoRA: they use the weight in ways of their own"
     elif adapted.merged:
         found = f"merged ones ({adapted.merged_adapters}): its weight is another already. Call `unmerge_adapter()`"
     else:

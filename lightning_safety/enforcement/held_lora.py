@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor, nn
@@ -16,13 +15,14 @@ from lightning_safety.enforcement.adapters import (
     selected_adapted_layers,
 )
 from lightning_safety.enforcement.matrix_entries import MatrixEntries, add_sparse_product, entries_of_product
+from lightning_safety.enforcement.releasable import Releasable
 from lightning_safety.scoring.mask import SafetyMask
 
 # The holder that acts on a layer, so that no second one takes the product out twice.
 _HOLDER = "_lightning_safety_held_lora"
 
 
-class HeldLora:
+class HeldLora(Releasable):
     r"""Holds the selected base weights of LoRA layers at their values, in effect and after a merge.
 
     A layer with adapters computes :math:`y = W x + s\, B A \tilde x`, with x̃ the input after dropout. Freezing W holds
@@ -78,14 +78,8 @@ class HeldLora:
         self.release()
         self.mask.check_model(model)
         layers = selected_adapted_layers(model, self.mask)
+        check_held_by(model, self.mask)
         holders = _holders(model)
-        for holder in holders:
-            if holder.mask != self.mask:
-                raise ValueError(
-                    f"`mask` expected to be the one that the adapters of the model are held by but it selects other"
-                    f" weights ({self.mask} instead of {holder.mask}). Merge the held adapter first"
-                    " (`merge_held_adapter`), or pass the same mask."
-                )
         if not continued and not holders:
             check_adapters_at_start(model, layers)
         for holder in holders:
@@ -126,18 +120,24 @@ class HeldLora:
             held.release()
         self._held, self._model = [], None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()
-
 
 def held_mask(model: nn.Module) -> SafetyMask | None:
     """Return the mask by which the adapters of `model` are held, None where they are not."""
     return next((holder.mask for holder in _holders(model)), None)
+
+
+def check_held_by(model: nn.Module, mask: SafetyMask) -> None:
+    """Make sure that `mask` is the one by which the adapters of `model` are held, if they are.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    held_by = held_mask(model)
+    if held_by is not None and held_by != mask:
+        raise ValueError(
+            f"`mask` expected to be the one that the adapters of the model are held by but it selects other weights"
+            f" ({mask} instead of {held_by}). Pass that one, or merge the held adapter first (`merge_held_adapter`)."
+        )
 
 
 class _HeldLayer:

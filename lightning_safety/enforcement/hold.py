@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -21,10 +20,11 @@ from lightning_safety.enforcement.entries import (
 )
 from lightning_safety.enforcement.gradients import dense_gradient, watch_gradient
 from lightning_safety.enforcement.optimizers import check_reports_steps
+from lightning_safety.enforcement.releasable import Releasable
 from lightning_safety.scoring.mask import SafetyMask
 
 
-class WeightHolder:
+class WeightHolder(Releasable):
     """Holds the weights that a mask selects: bit-identical from `attach` until `release`.
 
     Two things are needed for that. The gradient of a held weight is set to zero as soon as it is accumulated, so that
@@ -108,14 +108,6 @@ class WeightHolder:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         self.restore()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 @dataclass

@@ -233,7 +233,7 @@ class _AddSparseProduct(torch.autograd.Function):
 
 def _in_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """Return a [..., features] tensor as views [tokens, features]; of a contiguous one they can be written to."""
-    tokens = tensor.view(-1, tensor.shape[-1]) if tensor.is_contiguous() else tensor.reshape(-1, tensor.shape[-1])
+    tokens = tensor.reshape(-1, tensor.shape[-1])
     return torch.split(tokens, _TOKENS_AT_ONCE) if tensor.device.type == "cpu" else (tokens,)
 
 
@@ -279,9 +279,7 @@ def _starts(sorted_or_not: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def _product_dtype(*factors: Tensor) -> torch.dtype:
+def _product_dtype(left: Tensor, right: Tensor) -> torch.dtype:
     """Half precisions have no sparse products; the few entries cost little in float32."""
-    widest = factors[0].dtype
-    for factor in factors[1:]:
-        widest = torch.promote_types(widest, factor.dtype)
+    widest = torch.promote_types(left.dtype, right.dtype)
     return widest if widest in _SPARSE_DTYPES else torch.float32

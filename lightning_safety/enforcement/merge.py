@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_safety.enforcement.adapters import selected_adapted_layers
+from lightning_safety.enforcement.adapters import adapter_kind, selected_adapted_layers
 from lightning_safety.enforcement.entries import count_different_bits, gather_entries, scatter_entries
-from lightning_safety.enforcement.held_lora import held_mask
+from lightning_safety.enforcement.held_lora import check_held_by
 from lightning_safety.language.find import canonical_name
 from lightning_safety.language.quantized import is_quantized_weight
 from lightning_safety.scoring.mask import SafetyMask
@@ -104,20 +104,6 @@ def check_peft_model(model: Any) -> None:
         )
 
 
-def check_held_by(model: nn.Module, mask: SafetyMask) -> None:
-    """Make sure that `mask` is the one by which the adapters of `model` are held, if they are.
-
-    Raises:
-        ValueError: It is another one.
-    """
-    held_by = held_mask(model)
-    if held_by is not None and held_by != mask:
-        raise ValueError(
-            f"`mask` expected to be the one that the adapters of the model are held by but it selects other weights"
-            f" ({mask} instead of {held_by}). Pass that one."
-        )
-
-
 def _adapted(model: nn.Module) -> Iterator[_Adapted]:
     """Yield every weight with an adapter.
 
@@ -132,11 +118,11 @@ def _adapted(model: nn.Module) -> Iterator[_Adapted]:
             continue
         variants = {type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()}
         if not isinstance(module, LoraLayer) or type(module).__name__ not in _KINDS or variants:
-            kind = f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__}"
             variant = f" ({', '.join(sorted(variants))})" if variants else ""
             raise ValueError(
                 f"`model` expected to have plain LoRA adapters but `{canonical_name(path)}` has one of the kind"
-                f" {kind}{variant}, whose merge may change held weights. Train plain LoRA where weights are held."
+                f" {adapter_kind(module)}{variant}, whose merge may change held weights. Train plain LoRA where weights"
+                " are held."
             )
         parameter = getattr(module, "parameter_name", "weight")
         yield _Adapted(canonical_name(f"{path}.base_layer.{parameter}"), module, module.get_base_layer(), parameter)

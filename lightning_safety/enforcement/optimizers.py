@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # One word of the class name, lower case, and why such an optimizer treats an entry by more than its own gradient.
@@ -28,6 +28,19 @@ _NOT_ELEMENTWISE = {
     "lbfgs": _SEVERAL_EVALUATIONS,
     "zeroredundancy": "spreads its parameters over processes",
 }
+
+
+def optimized_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer holds, of all groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def evaluated_again(name: str) -> RuntimeError:
+    """Return the error for an optimizer that changed the weight `name`, and evaluates the model in the same step."""
+    return RuntimeError(
+        "The optimizer expected to evaluate the model once in a step but it did so again after changing the"
+        f" weights (`{name}`). Use one that takes a gradient and makes a step, such as AdamW."
+    )
 
 
 def check_reports_steps(optimizer: Optimizer) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -19,14 +18,16 @@ from lightning_safety.enforcement.optimizers import (
     check_elementwise,
     check_reports_steps,
     check_state_is_elementwise,
+    optimized_parameters,
 )
 from lightning_safety.enforcement.patch import SafetyPatch
+from lightning_safety.enforcement.releasable import Releasable
 from lightning_safety.language.find import named_weights
 from lightning_safety.language.quantized import check_quantization_supported, is_quantized_weight, keep_unpacked
 from lightning_safety.scoring.mask import SafetyMask
 
 
-class SparseDelta:
+class SparseDelta(Releasable):
     r"""Trains the weights that a mask selects in a base whose weights are frozen or quantised, and nothing else.
 
     From `attach` on, all that the optimizer holds are the selected weights, in float32, so that decay, momentum and
@@ -54,6 +55,7 @@ class SparseDelta:
         self.mask = mask
         self._layers: list[DeltaLayer] = []
         self._start: dict[str, Tensor] = {}
+        self._checked = False
         self._handles: list[RemovableHandle | FrozenParameters] = []
 
     def attach(
@@ -85,10 +87,11 @@ class SparseDelta:
         self.release()
         optimizers = list(optimizers)
         _check_optimizers(optimizers)
+        self._checked = False
         of_model = {id(parameter): parameter for parameter in model.parameters()}
         self._begin(model, trained, before)
         (optimizer,) = optimizers
-        others = [parameter for parameter in _parameters(optimizer) if id(parameter) not in of_model]
+        others = [parameter for parameter in optimized_parameters(optimizer) if id(parameter) not in of_model]
         for parameter in [*of_model.values(), *others]:
             parameter.grad = None
         _replace_parameters(optimizer, self._layers)
@@ -217,18 +220,12 @@ class SparseDelta:
         self._handles = []
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        for layer in self._layers:
-            check_state_is_elementwise(optimizer, layer.values)
+        if not self._checked:
+            for layer in self._layers:
+                check_state_is_elementwise(optimizer, layer.values)
+            self._checked = True
         for layer in self._layers:
             layer.write_through()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 def needs_sparse_delta(model: nn.Module, mask: SafetyMask) -> bool:
@@ -265,7 +262,3 @@ def _replace_parameters(optimizer: Optimizer, layers: Iterable[DeltaLayer]) -> N
         group["params"] = [layer.values for layer in members]
         if "param_names" in group:
             group["param_names"] = [layer.name for layer in members]
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -11,6 +11,7 @@ from lightning_safety.language.load import BUNDLED_MODEL, load_causal_lm, load_t
 from lightning_safety.language.modes import evaluation_mode
 from lightning_safety.language.quantized import (
     check_quantization_supported,
+    count_weights,
     dequantized_weight,
     is_quantized_weight,
     keep_unpacked,
@@ -24,6 +25,7 @@ __all__ = [
     "BUNDLED_MODEL",
     "canonical_name",
     "check_quantization_supported",
+    "count_weights",
     "dequantized_weight",
     "encode_example",
     "encode_prompt",

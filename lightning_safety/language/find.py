@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from lightning_safety.arguments import closest
-from lightning_safety.language.quantized import weight_shape
+from lightning_safety.language.quantized import count_weights
 
 _LEADING_WRAPPERS = (("_orig_mod",), ("module",), ("base_model", "model"))
 _INNER_WRAPPERS = ("_orig_mod", "base_layer")
@@ -107,7 +106,9 @@ Assign the model to an attribute of the module.
             f"A causal language model (…ForCausalLM) expected in {place} but found none among: {_list_modules(root)}. "
             "Assign the model to an attribute of the module."
         )
-    seen = ", ".join(f"`{path}` ({type(model).__name__}, {_count(model):,} weights)" for path, model in found)
+    seen = ", ".join(
+        f"`{path}` ({type(model).__name__}, {count_weights(model.parameters()):,} weights)" for path, model in found
+    )
     raise ValueError(
         f"One causal language model expected in {place} but found {len(found)}: {seen}. "
         f'Say which, for instance `language_model="{found[0][0]}"`.'
@@ -190,7 +191,3 @@ def _list_modules(module: nn.Module) -> str:
         return f"{type(module).__name__} without submodules"
     more = len(children) - _MODULES_LISTED
     return ", ".join(children[:_MODULES_LISTED]) + (f", … ({more} more)" if more > 0 else "")
-
-
-def _count(model: nn.Module) -> int:
-    return sum(math.prod(weight_shape(parameter)) for parameter in model.parameters())

@@ -6,8 +6,9 @@ bitsandbytes is imported by whoever quantises a model; until then there are no s
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -58,6 +59,20 @@ def weight_shape(parameter: Tensor) -> tuple[int, ...]:
             " once (that is when bitsandbytes quantises), or load it again."
         )
     return tuple(state.shape)
+
+
+def count_weights(weights: Iterable[Tensor]) -> int:
+    """Return how many entries weights have in their layers, however they are stored.
+
+    Raises:
+        ValueError: One is 4-bit and without its scales.
+
+    Example:
+        >>> import torch
+        >>> count_weights([nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))])
+        10
+    """
+    return sum(math.prod(weight_shape(weight)) for weight in weights)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

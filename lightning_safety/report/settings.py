@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_safety.language import find_language_model, weight_shape
+from lightning_safety.language import count_weights, find_language_model
 
 RUN_FILE = "run.json"
 """In the run folder, written by `SafetyReport` when a fit starts and again at its end."""
@@ -74,7 +74,7 @@ def _describe_module(module: Any, language_model: str | None) -> dict[str, Any]:
         "class": type(module).__name__,
         "model": plain(str(getattr(model, "name_or_path", "") or type(model).__name__)),
         "architecture": type(model).__name__,
-        "weights": sum(math.prod(weight_shape(parameter)) for parameter in model.parameters()),
+        "weights": count_weights(model.parameters()),
     }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_safety.arguments import check_positive, closest
+from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.language.modes import evaluation_mode
 from lightning_safety.language.quantized import (
     dequantized_weight,
@@ -96,8 +96,8 @@ def expected_safety_impact(
         >>> scores["model.layers.0.self_attn.v_proj.weight"].shape
         torch.Size([16, 32])
     """
-    _check_choice("reduction", reduction, get_args(Reduction))
-    _check_choice("scale", scale, get_args(Scale))
+    check_choice(reduction, "reduction", get_args(Reduction))
+    check_choice(scale, "scale", get_args(Scale))
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     absolute = reduction == "absolute"
     scores = _objective_gradients(model, objective, tokenizer, weights, batch_size, absolute, show_progress)
@@ -228,11 +228,3 @@ def _scoring_state(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterat
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(evaluation_mode(model, use_cache=False))
         yield
-
-
-def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"`{argument}` expected to be one of {', '.join(map(repr, choices))} but got {value!r}."
-            f" {closest(str(value), choices)}"
-        )

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -259,6 +259,21 @@ class SafetyMask:
         from lightning_safety.scoring.describe import describe_mask
 
         return describe_mask(self, router_load)
+
+
+def union_of_masks(masks: Sequence[SafetyMask]) -> SafetyMask:
+    """Return what any of the masks selects; unlike ``|``, also of masks over different tensors.
+
+    Example:
+        >>> one, other = SafetyMask({"a": torch.tensor([1])}, {"a": (2,)}), SafetyMask({}, {})
+        >>> union_of_masks([one, other, one]).count
+        1
+    """
+    shapes = {name: shape for mask in masks for name, shape in mask.shapes.items()}
+    indices = {
+        name: torch.unique(torch.cat([mask.indices[name] for mask in masks if name in mask.indices])) for name in shapes
+    }
+    return SafetyMask(indices, shapes, {"method": "union"})
 
 
 def _shape_text(shape: tuple[int, ...] | None) -> str:

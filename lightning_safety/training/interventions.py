@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from lightning_safety.enforcement import HeldLora, SparseDelta
@@ -19,6 +18,7 @@ from lightning_safety.enforcement.held_lora import held_mask
 from lightning_safety.language import canonical_name
 from lightning_safety.language.quantized import is_quantized_weight
 from lightning_safety.scoring import SafetyMask
+from lightning_safety.scoring.mask import union_of_masks
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -118,11 +118,7 @@ def held_weights(
             masks.append(SafetyMask.from_state_dict(held["mask"] if "mask" in held else states[key]["mask"]))
     if len(masks) < 2:
         return masks[0] if masks else None
-    shapes = {name: shape for mask in masks for name, shape in mask.shapes.items()}
-    indices = {
-        name: torch.unique(torch.cat([mask.indices[name] for mask in masks if name in mask.indices])) for name in shapes
-    }
-    return SafetyMask(indices, shapes, {"method": "union"})
+    return union_of_masks(masks)
 
 
 def _trained(model: nn.Module, mask: SafetyMask, left_out: Collection[str]) -> list[dict[str, Any]]:

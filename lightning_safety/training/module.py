@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_safety.arguments import closest
+from lightning_safety.arguments import check_choice
 from lightning_safety.language import find_tokenizer, load_causal_lm, load_tokenizer
+from lightning_safety.language.quantization import Quantization
 from lightning_safety.training.adapters import add_lora, check_lora
 from lightning_safety.training.loss import predict_responses, response_loss, retention_divergence
 from lightning_safety.training.resumable import ResumableLanguageModule
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 LOSS_AVERAGES = ("token", "example")
-QUANTIZATIONS = ("nf4", "int8")
 
 
 class CausalLanguageModule(ResumableLanguageModule):
@@ -91,11 +91,11 @@ class CausalLanguageModule(ResumableLanguageModule):
         retention_weight: float = 0.0,
         gradient_checkpointing: bool = False,
         lora: dict[str, Any] | None = None,
-        quantization: Literal["nf4", "int8"] | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
-        _check_choice("optimizer", optimizer, OPTIMIZERS)
-        _check_choice("schedule", schedule, SCHEDULES)
-        _check_choice("loss_average", loss_average, LOSS_AVERAGES)
+        check_choice(optimizer, "optimizer", OPTIMIZERS)
+        check_choice(schedule, "schedule", SCHEDULES)
+        check_choice(loss_average, "loss_average", LOSS_AVERAGES)
         _check_range("learning_rate", learning_rate, 0, math.inf)
         _check_range("weight_decay", weight_decay, 0, math.inf)
         _check_range("warmup_fraction", warmup_fraction, 0, 1)
@@ -220,12 +220,6 @@ def _load(
     return source, find_tokenizer(tokenizer)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"`{name}` expected to be one of {listed} but got {value!r}. {closest(str(value), choices)}")
-
-
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
         raise ValueError(f"`{name}` expected to be a number in [{low}, {high}) but got {value!r}.")
@@ -234,7 +228,7 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 def _check_quantization(quantization: str | None, lora: dict[str, Any] | None, *, loaded: bool) -> None:
     if quantization is None:
         return
-    _check_choice("quantization", quantization, QUANTIZATIONS)
+    check_choice(quantization, "quantization", get_args(Quantization))
     if lora is None:
         raise ValueError(
             f"`quantization={quantization!r}` expected `lora` beside it but got None: quantised weights cannot be"
