@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,12 +15,15 @@ from lightning_safety.enforcement.adapters import (
     check_adapters_at_start,
     selected_adapted_layers,
 )
+from lightning_safety.enforcement.held_linear import Scratch, held_linear
 from lightning_safety.enforcement.matrix_entries import MatrixEntries, add_sparse_product, entries_of_product
 from lightning_safety.enforcement.releasable import Releasable
 from lightning_safety.scoring.mask import SafetyMask
 
 # The holder that acts on a layer, so that no second one takes the product out twice.
 _HOLDER = "_lightning_safety_held_lora"
+# From so many tokens on, copying the base weight costs less than turning activations around.
+_TOKENS_WITHIN = 64
 
 
 class HeldLora(Releasable):
@@ -58,6 +62,7 @@ class HeldLora(Releasable):
     def __init__(self, mask: SafetyMask) -> None:
         self.mask = mask
         self._model: nn.Module | None = None
+        self.scratch: Scratch = {}
         self._held: list[_HeldLayer] = []
 
     def attach(self, model: nn.Module, *, continued: bool = False) -> Self:
@@ -148,16 +153,24 @@ class _HeldLayer:
         self.adapters = adapted.adapters
         device = adapted.layer.lora_A[self.adapters[0]].weight.device
         self.entries = MatrixEntries.from_indices(adapted.indices.to(device), adapted.shape)
+        self._base: nn.Module = adapted.layer.get_base_layer()
+        self._scratch = holder.scratch
+        self._within: tuple[str, Tensor] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         for adapter in self.adapters:
             self._watch(adapter, adapted.layer.lora_A[adapter], adapted.layer.lora_B[adapter])
+        if type(self._base) is nn.Linear and "forward" not in vars(self._base):
+            self._handles.append(adapted.layer.register_forward_pre_hook(self._choose, with_kwargs=True))
+            self._base.forward = self._base_forward  # type: ignore[method-assign, assignment]
         setattr(adapted.layer, _HOLDER, holder)
 
     def release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if vars(self._base).get("forward") == self._base_forward:
+            del self._base.forward
         if hasattr(self.adapted.layer, _HOLDER):
             delattr(self.adapted.layer, _HOLDER)
 
@@ -167,6 +180,35 @@ class _HeldLayer:
             down.register_forward_pre_hook(partial(self._keep, adapter)),
             up.register_forward_hook(partial(self._take_out, adapter, down)),
         ]
+
+    def _choose(self, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Take the product out within that of the base, if one adapter acts and on the very input of the base."""
+        self._within = None
+        acting = [name for name in layer.active_adapters if name in self.adapters]
+        tokens = inputs[0] if inputs else None
+        if (
+            isinstance(tokens, Tensor)
+            and len(acting) == 1
+            and not options
+            and not (layer.disable_adapters or layer.merged)
+            and not _drops(layer.lora_dropout[acting[0]])
+            and tokens.numel() >= _TOKENS_WITHIN * self.adapted.shape[1]
+            and {tokens.dtype, _weight(self._base).dtype, _weight(layer.lora_A[acting[0]]).dtype} == {torch.float32}
+            and not _weight(self._base).requires_grad
+            and not torch.is_autocast_enabled(tokens.device.type)
+            and not torch.compiler.is_compiling()
+        ):
+            self._within = acting[0], tokens
+
+    def _base_forward(self, inputs: Tensor) -> Tensor:
+        if self._within is None or self._within[1] is not inputs:
+            return nn.Linear.forward(self._base, inputs)  # type: ignore[arg-type]
+        layer, adapter = self.adapted.layer, self._within[0]
+        self.entries = self.entries.to(inputs.device)
+        product = entries_of_product(_weight(layer.lora_B[adapter]), _weight(layer.lora_A[adapter]), self.entries)
+        values = product * layer.scaling[adapter]
+        bias: Any = self._base.bias
+        return held_linear(inputs, _weight(self._base), bias, values, self.entries, self._scratch)
 
     def _keep(self, adapter: str, down: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # noqa: ARG002
         self._inputs[adapter] = inputs[0]
@@ -179,10 +221,19 @@ class _HeldLayer:
         inputs: tuple[Tensor, ...],  # noqa: ARG002
         output: Tensor,
     ) -> Tensor:
+        kept = self._inputs.pop(adapter)
+        if self._within is not None and self._within[0] == adapter:
+            self._within = None
+            return output
         self.entries = self.entries.to(output.device)
         # peft multiplies by the scaling afterwards, so the product is taken out unscaled.
         values = entries_of_product(_weight(up), _weight(down), self.entries)
-        return add_sparse_product(output, self._inputs.pop(adapter), values, self.entries, -1.0)
+        return add_sparse_product(output, kept, values, self.entries, -1.0)
+
+
+def _drops(dropout: nn.Module) -> bool:
+    """Whether a dropout layer changes what goes through it."""
+    return not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1.0) > 0
 
 
 def _weight(module: nn.Module) -> Tensor:

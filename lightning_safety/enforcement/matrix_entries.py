@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Above this share of the rectangle of used rows and columns a dense product is faster (benchmarks/held_lora.py).
-_DENSE_FROM = 0.25
+# Above this share of the rectangle of used rows and columns a dense product is faster (benchmarks/sparse_products.py).
+_DENSE_FROM = 0.4
 _SPARSE_DTYPES = (torch.float32, torch.float64)
 # On a CPU a product of so many tokens is still in its cache when it is turned around and added.
 _TOKENS_AT_ONCE = 256
@@ -26,6 +26,7 @@ class MatrixEntries:
 
     Attributes:
         shape: (out, in).
+        places: int64 [entries], flat (row-major).
         rows: int64 [used rows], sorted.
         columns: int64 [used columns], sorted.
         row_starts: int64 [out + 1]: where each row's entries begin.
@@ -38,6 +39,7 @@ class MatrixEntries:
     """
 
     shape: tuple[int, int]
+    places: Tensor
     rows: Tensor
     columns: Tensor
     row_starts: Tensor
@@ -74,6 +76,7 @@ class MatrixEntries:
             )
         return cls(
             shape=shape,
+            places=indices,
             rows=rows,
             columns=columns,
             row_starts=_starts(row, shape[0]),
@@ -130,6 +133,13 @@ class MatrixEntries:
         pattern = _sparse(self.used_row_starts, self.entry_columns, left.new_zeros(self.count), size)
         sampled: Tensor = torch.sparse.sampled_addmm(pattern, left, right, beta=0.0)
         return sampled.values()
+
+    def sampled_over_tokens(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the entries of Yᵀ · Z, [entries], from Y [..., out] and Z [..., in]: sums over all tokens."""
+        total = torch.zeros(self.count, dtype=dtype, device=left.device)
+        for some, others in zip(_in_parts(left), _in_parts(right), strict=True):
+            total += self.sampled(_taken(some, self.rows, dtype), _taken(others, self.columns, dtype).t())
+        return total
 
 
 def entries_of_product(left: Tensor, right: Tensor, entries: MatrixEntries) -> Tensor:

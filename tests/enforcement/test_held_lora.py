@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_safety.enforcement import matrix_entries
+from lightning_safety.enforcement import held_lora, matrix_entries
 from lightning_safety.enforcement.held_lora import HeldLora, held_mask
 from lightning_safety.scoring import SafetyMask
 from tests.enforcement.adapters import (
@@ -32,6 +32,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "some layers": {"target_modules": ["q_proj", "down_proj"]},
     "modules to save": {"modules_to_save": ["lm_head"]},
 }
+
+
+@pytest.fixture(autouse=True, params=[1, 2**40], ids=["within the base", "beside it"])
+def _either_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_lora, "_TOKENS_WITHIN", request.param)
 
 
 @pytest.fixture(params=[0.0, 1.0], ids=["dense", "sparse"])
@@ -223,3 +228,61 @@ def test_a_layer_adapted_later_is_noticed() -> None:
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["v_proj"]))
     with pytest.raises(RuntimeError, match="expected to stay as they were"):
         holder.check()
+
+
+def _products_beside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the sparse products that are taken beside the base layer's."""
+    taken: list[int] = []
+    beside = held_lora.add_sparse_product
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        taken.append(1)
+        return beside(*arguments)
+
+    monkeypatch.setattr(held_lora, "add_sparse_product", counted)
+    return taken
+
+
+def test_within_the_base_no_product_is_taken_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_lora, "_TOKENS_WITHIN", 1)
+    taken = _products_beside(monkeypatch)
+    model = make_adapted_model(trained=True)
+    with HeldLora(make_mask(model)).attach(model, continued=True):
+        gradients_of(model)
+    assert not taken
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"lora_dropout": 0.1}, lambda model: model),
+        ({}, lambda model: model.to(torch.bfloat16)),
+        ({}, lambda model: model.base_model.model.model.layers.requires_grad_(True)),
+    ],
+    ids=["dropout", "half precision", "a base that trains"],
+)
+def test_where_the_base_cannot_do_it_products_are_taken_beside_it(
+    options: dict[str, Any], change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_lora, "_TOKENS_WITHIN", 1)
+    taken = _products_beside(monkeypatch)
+    model = make_adapted_model(trained=True, **options)
+    change(model)
+    holder = HeldLora(make_mask(model)).attach(model, continued=True)
+    loss_of(model)
+    assert len(taken) == holder.layers
+
+
+def test_the_base_layer_itself_stays_what_it_is() -> None:
+    """Called by itself, without its adapters, and after holding has ended."""
+    model = make_adapted_model(trained=True)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    inputs = torch.randn(3, 64, 32)
+    before = layer.base_layer(inputs)
+    holder = HeldLora(make_mask(model)).attach(model, continued=True)
+    layer(inputs)
+    assert torch.equal(layer.base_layer(inputs), before)
+    with model.disable_adapter():
+        assert torch.equal(layer(inputs), before)
+    holder.release()
+    assert "forward" not in vars(layer.base_layer)
