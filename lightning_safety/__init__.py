@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         SafetyBudget,
         SafetyEnhancementTuning,
         SafetyPreservingAdaptation,
+        SafetyRehearsal,
         SafetyReport,
         SubspaceOverlapMonitor,
     )
@@ -61,6 +62,7 @@ _ROOMS = {
         "SafetyBudget",
         "SafetyEnhancementTuning",
         "SafetyPreservingAdaptation",
+        "SafetyRehearsal",
         "SafetyReport",
         "SubspaceOverlapMonitor",
     ),

@@ -9,6 +9,7 @@ from lightning_safety.callbacks.enhancement import SafetyEnhancementTuning
 from lightning_safety.callbacks.harmfulness import HarmfulnessMonitor
 from lightning_safety.callbacks.monitor import Check, SafetyListener, SafetyMonitor
 from lightning_safety.callbacks.preserving import SafetyPreservingAdaptation
+from lightning_safety.callbacks.rehearsal import SafetyRehearsal
 from lightning_safety.callbacks.report import SafetyReport
 from lightning_safety.callbacks.subspace import SubspaceOverlapMonitor
 
@@ -21,6 +22,7 @@ __all__ = [
     "SafetyListener",
     "SafetyMonitor",
     "SafetyPreservingAdaptation",
+    "SafetyRehearsal",
     "SafetyReport",
     "SubspaceOverlapMonitor",
 ]

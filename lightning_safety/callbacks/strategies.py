@@ -3,22 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+_PACKAGES = ("pytorch_lightning", "lightning")
 
-def check_strategy(trainer: Any, callback: object) -> None:
+
+def check_strategy(trainer: Any, callback: object, *, several: Collection[str] = ()) -> None:
     """Raise unless the trainer runs on a single device.
 
     Args:
         trainer: A Trainer of ``pytorch_lightning`` or ``lightning.pytorch``.
         callback: Who asks, for the message.
+        several: The names of the classes of strategies for several devices that will do as well.
 
     Raises:
         ValueError: The strategy spreads the model or the data over devices or processes.
     """
-    # By name: the classes of the two Lightning packages differ.
-    single = any(base.__name__ == "SingleDeviceStrategy" for base in type(trainer.strategy).__mro__)
-    if not single or trainer.world_size != 1:
+    # By name: the classes of the two Lightning packages differ. The nearest of theirs counts: DeepSpeed's is a DDP too.
+    bases = type(trainer.strategy).__mro__
+    nearest = next((base.__name__ for base in bases if base.__module__.split(".")[0] in _PACKAGES), "")
+    single = any(base.__name__ == "SingleDeviceStrategy" for base in bases) and trainer.world_size == 1
+    if not single and nearest not in several:
         raise ValueError(
             f"`strategy` expected to run on a single device but got {type(trainer.strategy).__name__} with "
             f"{trainer.world_size} process(es), which {type(callback).__name__} does not support yet. "

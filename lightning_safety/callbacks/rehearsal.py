@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safety rehearsal: beside any task, a little of what keeps a model safe is learned again and again."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
+from torch.optim import Optimizer
+
+from lightning_safety.callbacks.log import fill_callback_metrics
+from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
+from lightning_safety.callbacks.resume import ResumedRandomness, warn_of_loaders_that_start_over
+from lightning_safety.callbacks.scaling import gradient_scales
+from lightning_safety.callbacks.strategies import check_strategy
+from lightning_safety.enforcement.optimizers import optimized_parameters
+from lightning_safety.enforcement.rehearsal import Rehearsal, RehearsalMode
+from lightning_safety.language import find_language_model, find_tokenizer
+from lightning_safety.language.quantized import keep_unpacked
+from lightning_safety.monitoring import PromptSource
+from lightning_safety.randomness import capture_random_state, preserved_random_state
+from lightning_safety.scoring import SafetyObjective
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+_STATE_VERSION = 1
+_STRATEGIES = ("DDPStrategy", "ModelParallelStrategy")
+
+
+class SafetyRehearsal(pl.Callback):
+    """Keeps a model safe while it is fine-tuned, by rehearsing refusals and answers on a few examples now and then.
+
+    Before an optimizer's step the gradient of a safety loss on a small rotating batch is mixed into the task's, after
+    accumulation and before clipping. Module, data and loss stay yours. What is trainable learns: all weights, LoRA, or
+    the weights that a `SafetyEnhancementTuning` selects; what a `SafetyPreservingAdaptation` holds stays held.
+
+    Logged are, all under ``safety/``: ``rehearsal_loss`` (before the step, in nats per token), ``rehearsal_share``
+    (rehearsals per optimizer step so far), ``rehearsal_seconds`` (all that they took so far), with ``mode="project"``
+    ``rehearsal_conflicts`` (the share of rehearsals in which the task pointed against safety), and with
+    ``every="adaptive"`` ``rehearsal_margin`` (the last refusal margin that was looked at).
+
+    A resumed fit goes on in the rotation where the checkpoint was saved. Runs on a single device, under DDP, and under
+    ``ModelParallelStrategy`` (FSDP2) with data parallelism; every process takes the same examples. With manual
+    optimization, your own clipping comes before.
+
+    Measure with `HarmfulnessMonitor` whether safety stays: what is rehearsed are single sentences, no attack that was
+    made to get around them, and a fine-tuner who wants harm leaves the callback out.
+
+    Args:
+        every: Rehearse at every so many optimizer steps, from the first on. ``"adaptive"``: only when needed. Every
+            `watch_every_n_steps` steps the refusal margin is looked at, without gradients; once it is below its value
+            at the start by more than `tolerance`, every step rehearses until it is back.
+        mode: ``"add"``: the gradient of the task's loss plus `weight` times the safety loss. ``"project"``: what in the
+            task's gradient would raise the safety loss is taken out (A-GEM).
+        objective: The safety loss, or several, each of which gives a batch to every rehearsal. Default: refusals to
+            harmful prompts and good answers to prompts that only look harmful.
+        weight: What the safety loss is multiplied by, with ``mode="add"``.
+        batch_size: Examples of each objective in one rehearsal.
+        watch_every_n_steps: With ``every="adaptive"``, after how many optimizer steps the margin is looked at.
+        tolerance: With ``every="adaptive"``, by how much the margin may fall below its start, in nats per token.
+        watch: Harmful prompts with refusals for that look: a built-in set (its split ``monitor``), a file, or a mapping
+            of what `load_prompts` takes.
+        watch_prompts: At most so many of them.
+        tokenizer: The tokenizer or its path. Default: the module's or the data module's, or the one that lies beside
+            the model's weights on disk.
+        language_model: The dotted name of the language model in the module, where there are several.
+        seed: Of the order in which the examples come round.
+
+    Raises:
+        ValueError: An argument is out of range. At the start of a fit: an objective has no examples, or no optimizer
+            trains the language model.
+        TypeError: An argument is of the wrong type.
+        RuntimeError: While training: the safety loss or its gradient is not finite; the step is not taken.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> trainer = pl.Trainer(callbacks=[SafetyRehearsal(every=4)], accelerator="cpu", logger=False)
+        >>> SafetyRehearsal(every=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: `every` expected to be a whole number of at least 1 or 'adaptive' but got 0.
+    """
+
+    def __init__(
+        self,
+        every: int | Literal["adaptive"] = 4,
+        mode: RehearsalMode = "add",
+        objective: SafetyObjective | list[SafetyObjective] | None = None,
+        *,
+        weight: float = 1.0,
+        batch_size: int = 1,
+        watch_every_n_steps: int = 10,
+        tolerance: float = 0.1,
+        watch: PromptSource = "harmful",
+        watch_prompts: int = 16,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        language_model: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if every != "adaptive" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"`every` expected to be a whole number of at least 1 or 'adaptive' but got {every!r}.")
+        objectives = [objective] if isinstance(objective, SafetyObjective) else objective
+        self.every = every
+        self.rehearsal = Rehearsal(objectives, mode=mode, weight=weight, batch_size=batch_size, seed=seed)
+        self.need = RehearsalNeed(watch_every_n_steps, tolerance, watch, watch_prompts) if every == "adaptive" else None
+        self.tokenizer = tokenizer
+        self.language_model = language_model
+        self._randomness = ResumedRandomness()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._restored: dict[str, Any] | None = None
+        self._model: nn.Module | None = None
+        self._steps: dict[int, int] = {}
+        self._rehearsals = 0
+        self._conflicts = 0
+        self._seconds = 0.0
+        self._loss: float | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged, by full name, as of the last step; empty before the first rehearsal."""
+        steps = sum(self._steps.values())
+        if not steps:
+            return {}
+        found = {"rehearsal_share": self._rehearsals / steps, "rehearsal_seconds": self._seconds}
+        if self._loss is not None:
+            found["rehearsal_loss"] = self._loss
+        if self.rehearsal.mode == "project" and self._rehearsals:
+            found["rehearsal_conflicts"] = self._conflicts / self._rehearsals
+        if self.need is not None and self.need.margin is not None:
+            found["rehearsal_margin"] = self.need.margin
+        return {f"safety/{name}": value for name, value in found.items()}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Refuse strategies that are not supported, and forget an earlier fit."""
+        if stage == "fit":
+            check_strategy(trainer, self, several=_STRATEGIES)
+            self._begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the rotation, what was done so far, and the state of all random number generators."""
+        return {
+            "version": _STATE_VERSION,
+            "steps": dict(self._steps),
+            "rehearsals": self._rehearsals,
+            "conflicts": self._conflicts,
+            "seconds": self._seconds,
+            "need": None if self.need is None else self.need.state_dict(),
+            "random": capture_random_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the fit starts; a checkpoint is also loaded for ``validate`` and ``test``."""
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"State of {type(self).__name__} expected to be version {_STATE_VERSION} but got"
+                f" {state_dict.get('version')!r}. Resume with the version of lightning-safety that saved it."
+            )
+        self._restored = state_dict
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the examples, so that whatever is wrong with them stops the run before it trains."""
+        model = find_language_model(pl_module, self.language_model)
+        datamodule = getattr(trainer, "datamodule", None)
+        tokenizer = find_tokenizer(self.tokenizer, module=pl_module, datamodule=datamodule, model=model)
+        keep_unpacked(model)
+        self._model = model
+        with preserved_random_state():
+            self.rehearsal.prepare(model, tokenizer)
+            if self.need is not None:
+                self.need.prepare(tokenizer)
+        self._randomness.at_fit_start(self._restored["random"] if self._restored else None)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up where a checkpoint left, and look how safe the model is."""
+        if self._restored is not None:
+            self._steps = dict(self._restored["steps"])
+            self._rehearsals, self._conflicts = self._restored["rehearsals"], self._restored["conflicts"]
+            self._seconds = self._restored["seconds"]
+            warn_of_loaders_that_start_over(trainer)
+        if not any(self._reaches(pl_module, optimizer) for optimizer in trainer.optimizers):
+            raise ValueError(
+                "`language_model` expected to be trained by an optimizer but none holds a trainable weight of"
+                f" {type(self._model).__name__}, so that a rehearsal would change nothing. Unfreeze some of its"
+                " weights and return them from `configure_optimizers`, or leave the callback out."
+            )
+        if self.need is not None:
+            assert self._model is not None
+            started = time.perf_counter()
+            self.need.begin(trainer, self._model, self._restored["need"] if self._restored else None)
+            self._seconds += time.perf_counter() - started
+        self._randomness.at_train_start(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Rehearse, if it is time."""
+        if not self._reaches(pl_module, optimizer):
+            return
+        number = trainer.optimizers.index(optimizer)
+        step = self._steps.get(number, 0)
+        self._steps[number] = step + 1
+        started = time.perf_counter()
+        if self._is_due(trainer, step):
+            self._rehearse(trainer, optimizer)
+        self._seconds += time.perf_counter() - started
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Log what was done so far."""
+        metrics = self.metrics
+        if metrics:
+            pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what it came to."""
+        fill_callback_metrics(trainer, pl_module, self.metrics, hook_may_log=False)
+        rank_zero_info(
+            f"SafetyRehearsal: {self._rehearsals} rehearsals in {sum(self._steps.values())} optimizer steps,"
+            f" {self._seconds:.1f} s."
+        )
+
+    def _is_due(self, trainer: pl.Trainer, step: int) -> bool:
+        if self.need is None:
+            assert isinstance(self.every, int)
+            return step % self.every == 0
+        assert self._model is not None
+        return self.need.is_due(trainer, self._model, step)
+
+    def _rehearse(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        assert self._model is not None
+        loss_scale, gradient_scale = gradient_scales(trainer, optimizer)
+        done = self.rehearsal.mix(
+            self._model,
+            optimized_parameters(optimizer),
+            self._rehearsals,
+            gradient_scale=gradient_scale,
+            loss_scale=loss_scale,
+            forward_context=trainer.precision_plugin.train_step_context,
+        )
+        self._rehearsals += 1
+        self._conflicts += bool(done.conflict)
+        self._loss = done.loss
+
+    def _reaches(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> bool:
+        """Whether an optimizer trains weights of the language model, or something in their place."""
+        assert self._model is not None
+        of_model = {id(parameter) for parameter in self._model.parameters() if parameter.requires_grad}
+        of_module = {id(parameter) for parameter in pl_module.parameters()}
+        return any(
+            id(parameter) in of_model or id(parameter) not in of_module for parameter in optimized_parameters(optimizer)
+        )

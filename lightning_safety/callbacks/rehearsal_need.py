@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model has lost refusals since the start of a fit, so that it should rehearse them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_safety.arguments import check_positive
+from lightning_safety.data import Example
+from lightning_safety.monitoring import PromptSource, read_prompts
+from lightning_safety.monitoring.margin import refusal_margin
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+class RehearsalNeed:
+    """Looks at the refusal margin now and then, and tells from its fall when to rehearse.
+
+    Args:
+        every_n_steps: After how many optimizer steps to look.
+        tolerance: By how much the margin may fall below its start, in nats per token.
+        source: Harmful prompts with refusals.
+        prompts: At most so many of them.
+
+    Attributes:
+        margin: The margin last looked at; None before the start.
+        needed: Whether to rehearse: from the look that found it too low until the one that finds it back.
+
+    Raises:
+        ValueError: An argument is out of range, or the prompts have no refusals.
+    """
+
+    def __init__(self, every_n_steps: int, tolerance: float, source: PromptSource, prompts: int) -> None:
+        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
+            raise ValueError(
+                f"`tolerance` expected to be nats of at least 0 but got {tolerance!r}. Pass for instance 0.1."
+            )
+        self.every_n_steps = check_positive(every_n_steps, "watch_every_n_steps")
+        self.tolerance = tolerance
+        self.source = source
+        self.prompts = check_positive(prompts, "watch_prompts")
+        self.margin: float | None = None
+        self.needed = False
+        self._start: float | None = None
+        self._examples: list[Example] = []
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Read the prompts."""
+        found = read_prompts(self.source, "watch", split="monitor", limit=self.prompts)[1]
+        self._examples = [example for example in found if example.response]
+        if not self._examples:
+            raise ValueError(
+                "`watch` expected harmful prompts with refusals as responses, which the refusal margin needs, but there"
+                " are none. Name their column: `watch={'source': …, 'response_column': …}`."
+            )
+        self._tokenizer = tokenizer
+
+    def begin(self, trainer: pl.Trainer, model: nn.Module, restored: dict[str, Any] | None) -> None:
+        """Look at the model before it trains, or take up what a checkpoint says that it was."""
+        if restored is None:
+            self._start = self.margin = self._look(trainer, model)
+            self.needed = False
+        else:
+            self._start, self.margin, self.needed = restored["start"], restored["margin"], restored["needed"]
+
+    def is_due(self, trainer: pl.Trainer, model: nn.Module, step: int) -> bool:
+        """Whether to rehearse at a step, 0 for the first of the fit."""
+        assert self._start is not None
+        if step and step % self.every_n_steps == 0:
+            self.margin = self._look(trainer, model)
+            self.needed = self.margin < self._start - (0 if self.needed else self.tolerance)
+        return self.needed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs to decide alike."""
+        return {"start": self._start, "margin": self.margin, "needed": self.needed}
+
+    def _look(self, trainer: pl.Trainer, model: nn.Module) -> float:
+        assert self._tokenizer is not None
+        with trainer.precision_plugin.train_step_context():
+            margin = refusal_margin(model, self._tokenizer, self._examples)
+        assert margin is not None
+        # Processes that disagreed by a rounding would rehearse apart, and wait for each other for ever.
+        device = next(model.parameters()).device
+        return float(trainer.strategy.reduce(torch.tensor(margin, device=device), reduce_op="mean"))

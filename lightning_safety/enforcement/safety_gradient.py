@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient of a safety loss beside that of a task, which is left as it was."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_safety.enforcement.gradients import dense_gradient
+from lightning_safety.enforcement.processes import average_over_processes, failed_anywhere, local_part
+from lightning_safety.language import canonical_name, evaluation_mode
+from lightning_safety.randomness import preserved_random_state
+from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
+
+# By how much a loss is scaled down where its gradient overflows; a gradient scaler halves its scale, step by step.
+_BACK_OFF = 2.0**8
+
+
+class SafetyGradient(NamedTuple):
+    """What `safety_gradient` returns.
+
+    Attributes:
+        loss: The safety loss, the mean over the examples of all batches.
+        gradients: For each parameter its gradient, None where the loss does not reach it.
+    """
+
+    loss: float
+    gradients: list[Tensor | None]
+
+
+def safety_gradient(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    batches: Sequence[tuple[SafetyObjective, ObjectiveBatch]],
+    *,
+    scale: float = 1.0,
+    forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> SafetyGradient:
+    """Return the gradient of the safety loss with respect to `parameters`.
+
+    It takes the way through the model that a task's gradient takes: hooks on the parameters act on it, so that the
+    gradient of a held weight is zero and that of a selected one ends in the vector that trains it. Everything else is
+    left as it was: the gradients that are there, modes, and random number generators. The model is in evaluation mode.
+    Between processes, each of which takes the same batches, the result is averaged.
+
+    Args:
+        model: A causal language model.
+        parameters: What the gradient is wanted for; need not be parameters of the model itself.
+        batches: Objectives, each with the batch it is to be taken on.
+        scale: What the loss is multiplied by for its way back, so that half-precision gradients do not underflow. The
+            result is divided by it. Where it makes them overflow, a smaller one is tried.
+        forward_context: Makes what a loss is computed in, such as autocast.
+
+    Raises:
+        RuntimeError: The loss or a gradient is not finite, the loss reaches none of the parameters, or a gradient is
+            sparse.
+    """
+    while True:
+        found = _attempt(model, parameters, batches, scale, forward_context)
+        bad = _not_finite(found.gradients)
+        if bad is None:
+            break
+        if scale <= 1:
+            raise RuntimeError(
+                f"The safety gradient of {_name(model, parameters[bad])} is not finite, although the loss is"
+                f" {found.loss:g}. The step is not taken. Train in float32 or bfloat16, or rehearse other examples."
+            )
+        scale = max(1.0, scale / _BACK_OFF)
+    if all(gradient is None for gradient in found.gradients):
+        raise RuntimeError(
+            "`objective` expected to depend on weights that the optimizer trains but its loss reaches none of them."
+            " Unfreeze weights of the language model, name it by `language_model=`, or leave the rehearsal out."
+        )
+    return found
+
+
+def _attempt(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    batches: Sequence[tuple[SafetyObjective, ObjectiveBatch]],
+    scale: float,
+    forward_context: Callable[[], AbstractContextManager[object]],
+) -> SafetyGradient:
+    device = next(model.parameters()).device
+    examples = sum(batch.examples for _, batch in batches)
+    total = 0.0
+    with _rehearsing_state(model), _gradients_put_aside([*model.parameters(), *parameters]):
+        for objective, batch in batches:
+            with forward_context():
+                loss = objective.loss(model, batch.to(device)) * (batch.examples / examples)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise RuntimeError(
+                    f"The safety loss of {type(objective).__name__} expected to be finite but is {value:g}. The step"
+                    " is not taken. Check the model's weights, and train in float32 or bfloat16."
+                )
+            total += value
+            if loss.requires_grad:
+                torch.autograd.backward(loss * scale)
+        gradients = [dense_gradient(_name(model, parameter), parameter) for parameter in parameters]
+    for gradient in gradients:
+        if gradient is not None and scale != 1:
+            gradient.div_(scale)
+    average_over_processes([gradient for gradient in gradients if gradient is not None])
+    return SafetyGradient(total, gradients)
+
+
+@contextmanager
+def _rehearsing_state(model: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(preserved_random_state())
+        # The few lengths of the examples would each be compiled anew.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(evaluation_mode(model, use_cache=False))
+        yield
+
+
+@contextmanager
+def _gradients_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Take away all gradients, and put them back afterwards: the same tensors, whatever views of them there are."""
+    aside = {id(parameter): (parameter, parameter.grad) for parameter in parameters}
+    try:
+        for parameter, _ in aside.values():
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in aside.values():
+            parameter.grad = gradient
+
+
+def _not_finite(gradients: Sequence[Tensor | None]) -> int | None:
+    """Return the place of the first gradient that is not finite in any process; one question for all of them."""
+    places = [place for place, gradient in enumerate(gradients) if gradient is not None]
+    answers = [local_part(gradient).isfinite().all() for gradient in gradients if gradient is not None]
+    failed = failed_anywhere(answers)
+    return next((place for place, wrong in zip(places, failed, strict=True) if wrong), None)
+
+
+def _name(model: nn.Module, parameter: Tensor) -> str:
+    names = (canonical_name(name) for name, other in model.named_parameters() if other is parameter)
+    return next((f"`{name}`" for name in names), "the selected weights")
