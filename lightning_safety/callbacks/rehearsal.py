@@ -19,7 +19,7 @@ from lightning_safety.enforcement.optimizers import optimized_parameters
 from lightning_safety.enforcement.rehearsal import Rehearsal, RehearsalMode
 from lightning_safety.language import find_language_model, find_tokenizer
 from lightning_safety.language.quantized import keep_unpacked
-from lightning_safety.monitoring import PromptSource
+from lightning_safety.monitoring import OwnReplies, PromptSource
 from lightning_safety.randomness import capture_random_state, preserved_random_state
 from lightning_safety.scoring import SafetyObjective
 
@@ -56,10 +56,10 @@ class SafetyRehearsal(pl.Callback):
             at the start by more than `tolerance`, every step rehearses until it is back.
         mode: ``"add"``: the gradient of the task's loss plus `weight` times the safety loss. ``"project"``: what in the
             task's gradient would raise the safety loss is taken out (A-GEM).
-        objective: The safety loss, or several, each of which gives a batch to every rehearsal. Default: refusals to
-            harmful prompts and good answers to prompts that only look harmful.
+        objective: The safety loss. Default: `OwnReplies`, what the model itself refuses and answers when the fit
+            starts, which takes some seconds of generation.
         weight: What the safety loss is multiplied by, with ``mode="add"``.
-        batch_size: Examples of each objective in one rehearsal.
+        batch_size: Examples in one rehearsal.
         watch_every_n_steps: With ``every="adaptive"``, after how many optimizer steps the margin is looked at.
         tolerance: With ``every="adaptive"``, by how much the margin may fall below its start, in nats per token.
         watch: Harmful prompts with refusals for that look: a built-in set (its split ``monitor``), a file, or a mapping
@@ -71,7 +71,7 @@ class SafetyRehearsal(pl.Callback):
         seed: Of the order in which the examples come round.
 
     Raises:
-        ValueError: An argument is out of range. At the start of a fit: an objective has no examples, or no optimizer
+        ValueError: An argument is out of range. At the start of a fit: the objective has no examples, or no optimizer
             trains the language model.
         TypeError: An argument is of the wrong type.
         RuntimeError: While training: the safety loss or its gradient is not finite; the step is not taken.
@@ -89,10 +89,10 @@ class SafetyRehearsal(pl.Callback):
         self,
         every: int | Literal["adaptive"] = 4,
         mode: RehearsalMode = "add",
-        objective: SafetyObjective | list[SafetyObjective] | None = None,
+        objective: SafetyObjective | None = None,
         *,
         weight: float = 1.0,
-        batch_size: int = 1,
+        batch_size: int = 2,
         watch_every_n_steps: int = 10,
         tolerance: float = 0.1,
         watch: PromptSource = "harmful",
@@ -103,9 +103,9 @@ class SafetyRehearsal(pl.Callback):
     ) -> None:
         if every != "adaptive" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"`every` expected to be a whole number of at least 1 or 'adaptive' but got {every!r}.")
-        objectives = [objective] if isinstance(objective, SafetyObjective) else objective
         self.every = every
-        self.rehearsal = Rehearsal(objectives, mode=mode, weight=weight, batch_size=batch_size, seed=seed)
+        objective = OwnReplies() if objective is None else objective
+        self.rehearsal = Rehearsal(objective, mode=mode, weight=weight, batch_size=batch_size, seed=seed)
         self.need = RehearsalNeed(watch_every_n_steps, tolerance, watch, watch_prompts) if every == "adaptive" else None
         self.tokenizer = tokenizer
         self.language_model = language_model
@@ -115,6 +115,8 @@ class SafetyRehearsal(pl.Callback):
     def _begin(self) -> None:
         self._restored: dict[str, Any] | None = None
         self._model: nn.Module | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._continues = False
         self._steps: dict[int, int] = {}
         self._rehearsals = 0
         self._conflicts = 0
@@ -150,6 +152,7 @@ class SafetyRehearsal(pl.Callback):
             "rehearsals": self._rehearsals,
             "conflicts": self._conflicts,
             "seconds": self._seconds,
+            "objective": self.rehearsal.objective.state_dict(),
             "need": None if self.need is None else self.need.state_dict(),
             "random": capture_random_state(),
         }
@@ -169,9 +172,10 @@ class SafetyRehearsal(pl.Callback):
         datamodule = getattr(trainer, "datamodule", None)
         tokenizer = find_tokenizer(self.tokenizer, module=pl_module, datamodule=datamodule, model=model)
         keep_unpacked(model)
-        self._model = model
+        self._model, self._tokenizer = model, tokenizer
         with preserved_random_state():
-            self.rehearsal.prepare(model, tokenizer)
+            self._continues = self._restored is not None
+            self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
             if self.need is not None:
                 self.need.prepare(tokenizer)
         self._randomness.at_fit_start(self._restored["random"] if self._restored else None)
@@ -179,6 +183,11 @@ class SafetyRehearsal(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up where a checkpoint left, and look how safe the model is."""
         if self._restored is not None:
+            if not self._continues:
+                # Strategies that shard the model restore only now.
+                assert self._model is not None
+                assert self._tokenizer is not None
+                self.rehearsal.prepare(self._model, self._tokenizer, self._restored["objective"])
             self._steps = dict(self._restored["steps"])
             self._rehearsals, self._conflicts = self._restored["rehearsals"], self._restored["conflicts"]
             self._seconds = self._restored["seconds"]

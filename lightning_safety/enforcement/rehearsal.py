@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.enforcement.processes import sum_of_products
 from lightning_safety.enforcement.rotation import Rotation
 from lightning_safety.enforcement.safety_gradient import safety_gradient
-from lightning_safety.scoring.objective import RefusalLikelihood, RefusalMargin, SafetyObjective
+from lightning_safety.scoring.objective import RefusalMargin, SafetyObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,23 +48,22 @@ class Rehearsal:
     while it is mixed in.
 
     Args:
-        objectives: Losses that bound from below, each of which gives a batch to every rehearsal. Default: refusals to
-            harmful prompts and good answers to borderline ones (`RefusalLikelihood` on the split ``train``), without
-            which the model would come to refuse whatever looks harmful.
+        objective: A loss with a lower bound. It should hold what to refuse and what not to: rehearsing refusals alone,
+            a model comes to refuse whatever looks harmful.
         mode: How the gradients are mixed.
         weight: λ. With ``"project"`` it must be 1: the length of r cancels out.
-        batch_size: Examples of each objective in one rehearsal.
+        batch_size: Examples in one rehearsal.
         seed: Of the order in which the examples come round.
 
     Raises:
         ValueError: An argument is out of range.
-        TypeError: An objective is none.
+        TypeError: `objective` is none.
 
     Example:
-        >>> import torch
+        >>> from lightning_safety.scoring import RefusalLikelihood
         >>> from tests.tiny import make_tiny_model, make_tiny_tokenizer
         >>> model = make_tiny_model()
-        >>> rehearsal = Rehearsal(weight=0.5).prepare(model, make_tiny_tokenizer())
+        >>> rehearsal = Rehearsal(RefusalLikelihood(limit=4), weight=0.5).prepare(model, make_tiny_tokenizer())
         >>> parameters = list(model.parameters())
         >>> rehearsal.mix(model, parameters, position=0).loss > 0
         True
@@ -72,37 +71,45 @@ class Rehearsal:
 
     def __init__(
         self,
-        objectives: Sequence[SafetyObjective] | None = None,
+        objective: SafetyObjective,
         *,
         mode: RehearsalMode = "add",
         weight: float = 1.0,
-        batch_size: int = 1,
+        batch_size: int = 2,
         seed: int = 0,
     ) -> None:
         check_choice(mode, "mode", get_args(RehearsalMode))
-        self.objectives = default_objectives() if objectives is None else list(objectives)
+        self.objective = objective
         self.mode = mode
         self.weight = _checked_weight(weight, mode)
         self.batch_size = check_positive(batch_size, "batch_size")
         self.seed = seed
-        self._rotations: list[Rotation] = []
-        _check_objectives(self.objectives, mode)
+        self._rotation: Rotation | None = None
+        _check_objective(objective, mode)
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Rehearsal:
+    def prepare(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, restored: dict[str, Any] | None = None
+    ) -> Self:
         """Read and tokenise the examples.
 
+        Args:
+            model: The model as it is before the fit.
+            tokenizer: Its tokenizer.
+            restored: Of a fit that is resumed, the `state_dict` of its objective: the model is trained by now.
+
         Raises:
-            ValueError: An objective has no examples, or its source does not have the split.
+            ValueError: The objective has no examples, or its source does not have the split.
         """
-        self._rotations = []
-        for number, objective in enumerate(self.objectives):
-            objective.prepare(model, tokenizer)
-            batches = objective.batches(tokenizer, batch_size=self.batch_size)
-            if not batches:
-                raise ValueError(
-                    f"`objective` expected to have examples but {type(objective).__name__} has none. Give it some."
-                )
-            self._rotations.append(Rotation(batches, self.seed + number))
+        if restored:
+            self.objective.load_state_dict(restored)
+        else:
+            self.objective.prepare(model, tokenizer)
+        batches = self.objective.batches(tokenizer, batch_size=self.batch_size)
+        if not batches:
+            raise ValueError(
+                f"`objective` expected to have examples but {type(self.objective).__name__} has none. Give it some."
+            )
+        self._rotation = Rotation(batches, self.seed)
         return self
 
     def mix(
@@ -128,23 +135,17 @@ class Rehearsal:
         Raises:
             RuntimeError: See `safety_gradient`, or `prepare` was not called.
         """
-        if not self._rotations:
+        if self._rotation is None:
             raise RuntimeError("The rehearsal expected to have examples but has none yet. Call `prepare` before.")
-        batches = [
-            (objective, rotation[position])
-            for objective, rotation in zip(self.objectives, self._rotations, strict=True)
-        ]
-        found = safety_gradient(model, parameters, batches, scale=loss_scale, forward_context=forward_context)
+        batch = self._rotation[position]
+        found = safety_gradient(
+            model, parameters, self.objective, batch, scale=loss_scale, forward_context=forward_context
+        )
         pairs = [(p, r) for p, r in zip(parameters, found.gradients, strict=True) if r is not None]
         if self.mode == "project":
             return Rehearsed(found.loss, _project(pairs))
         _add(pairs, self.weight * gradient_scale)
         return Rehearsed(found.loss, None)
-
-
-def default_objectives() -> list[SafetyObjective]:
-    """Return what is rehearsed unless something else is asked for: when to refuse, and when not to."""
-    return [RefusalLikelihood("harmful", split="train"), RefusalLikelihood("borderline", split="train")]
 
 
 def _add(pairs: Sequence[tuple[Tensor, Tensor]], weight: float) -> None:
@@ -179,19 +180,14 @@ def _checked_weight(weight: float, mode: RehearsalMode) -> float:
     return float(weight)
 
 
-def _check_objectives(objectives: Sequence[object], mode: RehearsalMode) -> None:
-    for objective in objectives:
-        if isinstance(objective, RefusalMargin) and mode == "add":
-            raise ValueError(
-                "`objective` expected to be a loss with a lower bound but got RefusalMargin, which training would drive"
-                " down without end. Pass `RefusalLikelihood()`, or `mode='project'`, which takes its direction only."
-            )
-        if not isinstance(objective, SafetyObjective):
-            raise TypeError(
-                f"`objective` expected to be a SafetyObjective or a list of them but got {type(objective).__name__}."
-                " Pass for instance `RefusalLikelihood()`."
-            )
-    if not objectives:
+def _check_objective(objective: object, mode: RehearsalMode) -> None:
+    if not isinstance(objective, SafetyObjective):
+        raise TypeError(
+            f"`objective` expected to be a SafetyObjective but got {type(objective).__name__}. Pass for instance"
+            " `RefusalLikelihood(split='train')`."
+        )
+    if isinstance(objective, RefusalMargin) and mode == "add":
         raise ValueError(
-            "`objective` expected to be what is rehearsed but is an empty list. Leave it out, or give one."
+            "`objective` expected to be a loss with a lower bound but got RefusalMargin, which training would drive"
+            " down without end. Pass `RefusalLikelihood()`, or `mode='project'`, which takes its direction only."
         )

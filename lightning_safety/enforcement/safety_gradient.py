@@ -26,7 +26,7 @@ class SafetyGradient(NamedTuple):
     """What `safety_gradient` returns.
 
     Attributes:
-        loss: The safety loss, the mean over the examples of all batches.
+        loss: The safety loss, the mean over the examples of the batch.
         gradients: For each parameter its gradient, None where the loss does not reach it.
     """
 
@@ -37,7 +37,8 @@ class SafetyGradient(NamedTuple):
 def safety_gradient(
     model: nn.Module,
     parameters: Sequence[Tensor],
-    batches: Sequence[tuple[SafetyObjective, ObjectiveBatch]],
+    objective: SafetyObjective,
+    batch: ObjectiveBatch,
     *,
     scale: float = 1.0,
     forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -47,12 +48,13 @@ def safety_gradient(
     It takes the way through the model that a task's gradient takes: hooks on the parameters act on it, so that the
     gradient of a held weight is zero and that of a selected one ends in the vector that trains it. Everything else is
     left as it was: the gradients that are there, modes, and random number generators. The model is in evaluation mode.
-    Between processes, each of which takes the same batches, the result is averaged.
+    Between processes, each of which takes the same batch, the result is averaged.
 
     Args:
         model: A causal language model.
         parameters: What the gradient is wanted for; need not be parameters of the model itself.
-        batches: Objectives, each with the batch it is to be taken on.
+        objective: Minus its score is the safety loss.
+        batch: What to take it on.
         scale: What the loss is multiplied by for its way back, so that half-precision gradients do not underflow. The
             result is divided by it. Where it makes them overflow, a smaller one is tried.
         forward_context: Makes what a loss is computed in, such as autocast.
@@ -62,7 +64,7 @@ def safety_gradient(
             sparse.
     """
     while True:
-        found = _attempt(model, parameters, batches, scale, forward_context)
+        found = _attempt(model, parameters, objective, batch, scale, forward_context)
         bad = _not_finite(found.gradients)
         if bad is None:
             break
@@ -83,32 +85,28 @@ def safety_gradient(
 def _attempt(
     model: nn.Module,
     parameters: Sequence[Tensor],
-    batches: Sequence[tuple[SafetyObjective, ObjectiveBatch]],
+    objective: SafetyObjective,
+    batch: ObjectiveBatch,
     scale: float,
     forward_context: Callable[[], AbstractContextManager[object]],
 ) -> SafetyGradient:
-    device = next(model.parameters()).device
-    examples = sum(batch.examples for _, batch in batches)
-    total = 0.0
     with _rehearsing_state(model), _gradients_put_aside([*model.parameters(), *parameters]):
-        for objective, batch in batches:
-            with forward_context():
-                loss = objective.loss(model, batch.to(device)) * (batch.examples / examples)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise RuntimeError(
-                    f"The safety loss of {type(objective).__name__} expected to be finite but is {value:g}. The step"
-                    " is not taken. Check the model's weights, and train in float32 or bfloat16."
-                )
-            total += value
-            if loss.requires_grad:
-                torch.autograd.backward(loss * scale)
+        with forward_context():
+            loss = objective.loss(model, batch.to(next(model.parameters()).device))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RuntimeError(
+                f"The safety loss of {type(objective).__name__} expected to be finite but is {value:g}. The step is not"
+                " taken. Check the model's weights, and train in float32 or bfloat16."
+            )
+        if loss.requires_grad:
+            torch.autograd.backward(loss * scale)
         gradients = [dense_gradient(_name(model, parameter), parameter) for parameter in parameters]
     for gradient in gradients:
         if gradient is not None and scale != 1:
             gradient.div_(scale)
     average_over_processes([gradient for gradient in gradients if gradient is not None])
-    return SafetyGradient(total, gradients)
+    return SafetyGradient(value, gradients)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from lightning_safety.monitoring.metrics import (
     SafetyRate,
     UnscoredRate,
 )
+from lightning_safety.monitoring.own_replies import OwnReplies
 from lightning_safety.monitoring.paired import (
     OutcomeChange,
     compare_outcomes,
@@ -93,6 +94,7 @@ __all__ = [
     "LeftBasis",
     "OutcomeChange",
     "OverRefusalRate",
+    "OwnReplies",
     "Perplexity",
     "Projection",
     "PromptSource",

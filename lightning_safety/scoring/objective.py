@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,13 @@ class SafetyObjective(ABC):
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027 # most need nothing
         """Do what needs the model as it is before scoring, such as generating its replies. Called before `batches`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `prepare` found, as tensors and primitives, where it cannot be found again; else nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 # most need nothing
+        """Take what `prepare` found earlier, in its place. Called only with what `state_dict` returned."""
 
     @abstractmethod
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
@@ -164,7 +171,7 @@ class RefusalLikelihood(ExampleObjective):
 
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
         """Return the mean over examples of the mean negative log-probability per response token."""
-        return -_mean_log_probability(model, batch.tensors).mean()
+        return -mean_log_probability(model, batch.tensors).mean()
 
 
 class RefusalMargin(ExampleObjective):
@@ -212,7 +219,7 @@ class RefusalMargin(ExampleObjective):
         for prompt, response in self._load_pairs():
             refusal = encode_example(tokenizer, prompt, response, end_turn=False)
             opening = encode_example(tokenizer, prompt, self.opening, end_turn=False)
-            pairs.append((_first_labelled(refusal, self.refusal_tokens), opening))
+            pairs.append((first_labelled(refusal, self.refusal_tokens), opening))
         buckets = length_buckets([max(len(row.input_ids) for row in pair) for pair in pairs], batch_size)
         padding = pad_token_id(tokenizer)
         batches = []
@@ -223,17 +230,17 @@ class RefusalMargin(ExampleObjective):
 
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
         """Return the mean over examples of log-probability of the opening − that of the refusal, each per token."""
-        scores = _mean_log_probability(model, batch.tensors)
+        scores = mean_log_probability(model, batch.tensors)
         return (scores[batch.examples :] - scores[: batch.examples]).mean()
 
 
-def _mean_log_probability(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+def mean_log_probability(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     """Return the mean log-probability per labelled token of each row. float32 [rows]."""
     sums, counts = response_log_probabilities(model, tensors)
     return sums / counts
 
 
-def _first_labelled(row: TokenizedExample, count: int) -> TokenizedExample:
+def first_labelled(row: TokenizedExample, count: int) -> TokenizedExample:
     """Return the row up to its `count`-th labelled token; whole if it has no more."""
     places = [place for place, label in enumerate(row.labels) if label != IGNORED_LABEL]
     end = places[:count][-1] + 1

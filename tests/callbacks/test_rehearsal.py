@@ -41,7 +41,7 @@ def sgd(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
 
 def rehearsal(**options: Any) -> SafetyRehearsal:
     return SafetyRehearsal(
-        **{"every": 2, "objective": TokenRows(), "weight": WEIGHT, "tokenizer": TOKENIZER, **options}
+        **{"every": 2, "objective": TokenRows(), "weight": WEIGHT, "batch_size": 1, "tokenizer": TOKENIZER, **options}
     )
 
 
@@ -53,7 +53,7 @@ class SummedLoss(OwnModule):
         self.every = every
         reference = rehearsal()
         reference.rehearsal.prepare(model, TOKENIZER)
-        self.rotation = reference.rehearsal._rotations[0]
+        self.rotation = reference.rehearsal._rotation
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -191,7 +191,7 @@ def test_project_in_a_fit_is_the_dense_reference() -> None:
     conflicts: list[bool] = []
     callback = rehearsal(mode="project", weight=1, objective=Opposed())
     callback.rehearsal.prepare(make_smallest_model(), TOKENIZER)
-    rotation = callback.rehearsal._rotations[0]
+    rotation = callback.rehearsal._rotation
     module, reference = OwnModule(make_smallest_model(), slow_sgd), Projected(make_smallest_model(), slow_sgd)
     fit(module, [callback], steps=16)
     fit(reference, steps=16)

@@ -40,7 +40,7 @@ def ready(model: Any, **options: Any) -> tuple[Rehearsal, Tensor]:
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     safety = flat(expected(model, TokenRows()))
-    return Rehearsal([TokenRows()], batch_size=3, **options).prepare(model, None), safety  # type: ignore[arg-type]
+    return Rehearsal(TokenRows(), batch_size=3, **options).prepare(model, None), safety  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
@@ -94,22 +94,12 @@ def test_a_parameter_that_the_task_leaves_alone_has_a_zero_in_it(mode: Any) -> N
     torch.testing.assert_close(gradients(model), gradients(other))
 
 
-def test_every_objective_gives_a_batch_and_the_examples_come_round() -> None:
-    model = make_smallest_model()
-    one, other = TokenRows(), TokenRows([(5, 5, 5), (6, 6, 6)])
-    rehearsal = Rehearsal([one, other]).prepare(model, None)  # type: ignore[arg-type]
+def test_the_examples_come_round() -> None:
+    model, objective = make_smallest_model(), TokenRows()
+    rehearsal = Rehearsal(objective, batch_size=1).prepare(model, None)  # type: ignore[arg-type]
     for position in range(6):
         rehearsal.mix(model, list(model.parameters()), position)
-    assert sorted(one.seen) == sorted(one.rows * 2)
-    assert sorted(other.seen) == sorted(other.rows * 3)
-
-
-def test_by_default_refusals_and_answers_are_rehearsed() -> None:
-    harmful, borderline = Rehearsal().objectives
-    assert isinstance(harmful, RefusalLikelihood)
-    assert isinstance(borderline, RefusalLikelihood)
-    assert (harmful.examples, harmful.split) == ("harmful", "train")
-    assert (borderline.examples, borderline.split) == ("borderline", "train")
+    assert sorted(objective.seen) == sorted(objective.rows * 2)
 
 
 @pytest.mark.parametrize(
@@ -121,18 +111,17 @@ def test_by_default_refusals_and_answers_are_rehearsed() -> None:
         ({"weight": True}, ValueError, r"`weight` expected to be a number of at least 0 but got True"),
         ({"mode": "project", "weight": 2}, ValueError, r"`weight` expected to be 1 beside `mode='project'` but got 2"),
         ({"batch_size": 0}, ValueError, r"`batch_size` expected to be"),
-        ({"objectives": []}, ValueError, r"`objective` expected to be what is rehearsed but is an empty list"),
-        ({"objectives": ["harmful"]}, TypeError, r"`objective` expected to be a SafetyObjective .* but got str"),
-        ({"objectives": [RefusalMargin()]}, ValueError, r"a lower bound but got RefusalMargin"),
+        ({"objective": "harmful"}, TypeError, r"`objective` expected to be a SafetyObjective but got str"),
+        ({"objective": RefusalMargin()}, ValueError, r"a lower bound but got RefusalMargin"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Rehearsal(**options)
+        Rehearsal(**{"objective": TokenRows(), **options})
 
 
 def test_a_margin_may_say_where_to_project() -> None:
-    assert Rehearsal([RefusalMargin()], mode="project").mode == "project"
+    assert Rehearsal(RefusalMargin(), mode="project").mode == "project"
 
 
 @pytest.mark.parametrize(
@@ -145,10 +134,10 @@ def test_a_margin_may_say_where_to_project() -> None:
 )
 def test_an_objective_without_examples_is_refused(objective: RefusalLikelihood, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Rehearsal([objective]).prepare(make_smallest_model(), make_tiny_tokenizer())
+        Rehearsal(objective).prepare(make_smallest_model(), make_tiny_tokenizer())
 
 
 def test_examples_come_first() -> None:
     model = make_smallest_model()
     with pytest.raises(RuntimeError, match=r"expected to have examples but has none yet\. Call `prepare` before"):
-        Rehearsal().mix(model, list(model.parameters()), 0)
+        Rehearsal(TokenRows()).mix(model, list(model.parameters()), 0)

@@ -15,8 +15,8 @@ from tests.callbacks.toys import make_smallest_model, mask_of_everything
 from tests.enforcement.objectives import Broken, Elsewhere, TokenRows
 
 
-def pairs_of(objective: SafetyObjective, batch_size: int = 2) -> list[tuple[SafetyObjective, ObjectiveBatch]]:
-    return [(objective, batch) for batch in objective.batches(None, batch_size=batch_size)]  # type: ignore[arg-type]
+def all_rows(objective: TokenRows) -> tuple[SafetyObjective, ObjectiveBatch]:
+    return objective, *objective.batches(None, batch_size=3)
 
 
 def expected(model: nn.Module, objective: TokenRows) -> list[Tensor]:
@@ -28,7 +28,7 @@ def expected(model: nn.Module, objective: TokenRows) -> list[Tensor]:
 
 def test_it_is_the_gradient_of_the_mean_over_all_examples() -> None:
     model = make_smallest_model()
-    found = safety_gradient(model, list(model.parameters()), pairs_of(TokenRows()))
+    found = safety_gradient(model, list(model.parameters()), *all_rows(TokenRows()))
     for gradient, reference in zip(found.gradients, expected(model, TokenRows()), strict=True):
         assert gradient is not None
         torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-7)
@@ -38,8 +38,8 @@ def test_it_is_the_gradient_of_the_mean_over_all_examples() -> None:
 
 def test_a_scale_changes_nothing_but_the_way_back() -> None:
     model = make_smallest_model()
-    plain = safety_gradient(model, list(model.parameters()), pairs_of(TokenRows()))
-    scaled = safety_gradient(model, list(model.parameters()), pairs_of(TokenRows()), scale=2.0**12)
+    plain = safety_gradient(model, list(model.parameters()), *all_rows(TokenRows()))
+    scaled = safety_gradient(model, list(model.parameters()), *all_rows(TokenRows()), scale=2.0**12)
     assert scaled.loss == plain.loss
     for one, other in zip(plain.gradients, scaled.gradients, strict=True):
         assert torch.equal(one, other)  # a power of two is exact
@@ -47,8 +47,8 @@ def test_a_scale_changes_nothing_but_the_way_back() -> None:
 
 def test_a_scale_that_makes_gradients_overflow_is_lowered() -> None:
     model = make_smallest_model()
-    plain = safety_gradient(model, list(model.parameters()), pairs_of(TokenRows()))
-    scaled = safety_gradient(model, list(model.parameters()), pairs_of(TokenRows()), scale=2.0**127)
+    plain = safety_gradient(model, list(model.parameters()), *all_rows(TokenRows()))
+    scaled = safety_gradient(model, list(model.parameters()), *all_rows(TokenRows()), scale=2.0**127)
     for one, other in zip(plain.gradients, scaled.gradients, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -60,7 +60,7 @@ def test_gradients_modes_and_random_numbers_are_left_as_they_were() -> None:
     model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     kept = {name: (weight.grad, weight.grad.clone()) for name, weight in model.named_parameters()}
     random = torch.get_rng_state()
-    safety_gradient(model, list(model.parameters()), pairs_of(TokenRows()))
+    safety_gradient(model, list(model.parameters()), *all_rows(TokenRows()))
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in model.modules()] == modes
     for name, weight in model.named_parameters():
@@ -74,7 +74,7 @@ def test_held_weights_have_no_part_in_it() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     reference = expected(model, TokenRows())
     with WeightHolder(mask).attach(model, [optimizer]):
-        found = safety_gradient(model, list(model.parameters()), pairs_of(TokenRows()))
+        found = safety_gradient(model, list(model.parameters()), *all_rows(TokenRows()))
     for (name, _), gradient, dense in zip(model.named_parameters(), found.gradients, reference, strict=True):
         held = torch.zeros(dense.numel(), dtype=torch.bool)
         held[mask.indices[name].long()] = True
@@ -89,7 +89,7 @@ def test_of_selected_weights_it_is_taken_where_they_train() -> None:
     reference = dict(zip([name for name, _ in model.named_parameters()], expected(model, TokenRows()), strict=True))
     with CompactTraining(mask).attach(model, [optimizer]):
         vectors = [vector for group in optimizer.param_groups for vector in group["params"]]
-        found = safety_gradient(model, vectors, pairs_of(TokenRows()))
+        found = safety_gradient(model, vectors, *all_rows(TokenRows()))
     for name, gradient in zip(reference, found.gradients, strict=True):
         taken = reference[name].flatten()[mask.indices[name].long()]
         # The vectors are longer than what is selected, by zeros.
@@ -110,6 +110,6 @@ def test_bad_gradients_are_refused_and_the_task_keeps_its_own(objective: TokenRo
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)
     with pytest.raises(RuntimeError, match=message):
-        safety_gradient(model, list(model.parameters()), pairs_of(objective))
+        safety_gradient(model, list(model.parameters()), *all_rows(objective))
     assert all(torch.equal(weight.grad, torch.ones_like(weight)) for weight in model.parameters())
     assert model.training

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model refuses and what it answers, as a loss that keeps it so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_safety.arguments import check_positive
+from lightning_safety.data import Example, pad_batch
+from lightning_safety.language import encode_example, generate_replies
+from lightning_safety.language.tokenizer import pad_token_id
+from lightning_safety.monitoring.judges import KeywordRefusalJudge
+from lightning_safety.monitoring.sets import PromptSource, read_prompts
+from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective, first_labelled, mean_log_probability
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_JUDGED_TOKENS = 12
+_BATCH_SIZE = 32
+
+
+class OwnReplies(SafetyObjective):
+    """How likely the model still is to refuse what it refused, and to answer what it answered, in its own words.
+
+    S = mean over examples of the mean log-probability per token of how the reply began that the model gave when it was
+    prepared. In nats, at most 0. Of harmful prompts those count that it refused, of borderline ones those that it
+    answered: what it did wrong then is not kept.
+
+    A model that has not moved is likely to say what it says: this loss hardly moves it. Written refusals
+    (`RefusalLikelihood`) teach it other words as well, which disturbs it far more than keeping it does.
+
+    Args:
+        harmful: Prompts that should be refused.
+        borderline: Harmless prompts that look harmful.
+        split: The split of built-in sets.
+        prompts: At most so many of each kind, spread evenly over the set.
+        max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones.
+
+    Raises:
+        ValueError: An argument is out of range. From `prepare`: there are no prompts, or the model refuses no harmful
+            prompt, or answers no borderline one.
+    """
+
+    def __init__(
+        self,
+        harmful: PromptSource = "harmful",
+        borderline: PromptSource = "borderline",
+        *,
+        split: str = "train",
+        prompts: int = 64,
+        max_new_tokens: int = 16,
+    ) -> None:
+        self.harmful = harmful
+        self.borderline = borderline
+        self.split = split
+        self.prompts = check_positive(prompts, "prompts")
+        self.max_new_tokens = check_positive(max_new_tokens, "max_new_tokens")
+        self._pairs: dict[str, list[tuple[str, str]]] = {}
+
+    def describe(self) -> dict[str, str]:
+        """Return the objective's name, its prompts, and how much of the replies counts."""
+        return {
+            **super().describe(),
+            "split": self.split,
+            "prompts": str(self.prompts),
+            "max_new_tokens": str(self.max_new_tokens),
+        }
+
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Let the model reply, and keep what it did right."""
+        sets = {
+            "harmful": read_prompts(self.harmful, "harmful", split=self.split, limit=self.prompts)[1],
+            "borderline": read_prompts(self.borderline, "borderline", split=self.split, limit=self.prompts)[1],
+        }
+        prompts = [example.prompt for examples in sets.values() for example in examples]
+        length = max(self.max_new_tokens, _JUDGED_TOKENS)
+        replies = generate_replies(model, tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH_SIZE)
+        refused = [verdict.refused for verdict in KeywordRefusalJudge().score(prompts, replies)]
+        count = len(sets["harmful"])
+        self._pairs = {
+            "harmful": _kept(prompts[:count], replies[:count], refused[:count], True),
+            "borderline": _kept(prompts[count:], replies[count:], refused[count:], False),
+        }
+        for kind, examples in sets.items():
+            _check_kept(kind, len(self._pairs[kind]), examples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the replies that are kept: refusals, and openings of answers to harmless prompts."""
+        return {kind: [list(pair) for pair in pairs] for kind, pairs in self._pairs.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the replies of the model as it was, in place of `prepare`."""
+        self._pairs = {kind: [(prompt, reply) for prompt, reply in pairs] for kind, pairs in state_dict.items()}
+
+    def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
+        """Return the kept replies, both kinds in every batch; where one kind has fewer, its rows come again."""
+        encoded = {
+            kind: [
+                # Most replies are cut: the model must not learn to stop there.
+                first_labelled(encode_example(tokenizer, prompt, reply, end_turn=False), self.max_new_tokens)
+                for prompt, reply in pairs
+            ]
+            for kind, pairs in self._pairs.items()
+        }
+        longest = max((len(rows) for rows in encoded.values()), default=0)
+        rows = [rows[place % len(rows)] for place in range(longest) for rows in encoded.values()]
+        padding = pad_token_id(tokenizer)
+        groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        return [ObjectiveBatch(pad_batch(group, pad_token_id=padding), len(group)) for group in groups]
+
+    def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
+        """Return the mean over examples of the mean negative log-probability per token of the reply."""
+        return -mean_log_probability(model, batch.tensors).mean()
+
+
+def _kept(
+    prompts: Sequence[str], replies: Sequence[str], refused: Sequence[bool | None], wanted: bool
+) -> list[tuple[str, str]]:
+    return [
+        (prompt, reply)
+        for prompt, reply, answer in zip(prompts, replies, refused, strict=True)
+        if reply and answer is wanted
+    ]
+
+
+def _check_kept(kind: str, kept: int, examples: Sequence[Example]) -> None:
+    does = "refuses" if kind == "harmful" else "answers"
+    if not kept:
+        raise ValueError(
+            f"`{kind}` expected prompts that the model {does} but it {does} none of {len(examples)}, so that there is"
+            " nothing to keep. Make the model safe first (`SafetyEnhancementTuning`), or teach it written replies:"
+            " `objective=RefusalLikelihood(…)`."
+        )
+    if kept < len(examples) / 2:
+        warnings.warn(
+            f"The model {does} {kept} of {len(examples)} {kind} prompts; only these are kept so.", stacklevel=2
+        )
