@@ -4,7 +4,8 @@
 python benchmarks/held_lora.py
 
 LoRA of rank 16 on all linear layers, AdamW, float32, batches of 4 × 128 tokens. Steps of all ways take turns in one
-process; memory is the peak of a fresh process each, less what it has before the model is there.
+process; memory is the peak of a fresh process each, less what it has before the model is there. Where the adapters drop
+inputs, the product cannot be taken out within that of the base.
 """
 
 from __future__ import annotations
@@ -34,15 +35,25 @@ from lightning_safety.scoring import (
 FRACTION = 0.01
 ROUNDS = 9
 BATCH, LENGTH = 4, 128
-WAYS = ("single weights", "random weights", "whole neurons")
+DROPOUT = 0.05
+PLAIN = "plain LoRA"
+HELD = ("single weights", "random weights", "whole neurons")
+WAYS = (PLAIN, *HELD, f"{PLAIN}, dropout", f"{HELD[0]}, dropout")
 
 
 class Training:
     """A model with adapters, and one step of its training."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str) -> None:
         torch.manual_seed(0)
-        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.way, _, drops = way.partition(", ")
+        config = peft.LoraConfig(
+            r=16,
+            lora_alpha=32,
+            lora_dropout=DROPOUT if drops else 0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
         self.model = peft.get_peft_model(load_causal_lm(BUNDLED_MODEL, dtype="float32"), config).train()
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
@@ -54,11 +65,14 @@ class Training:
         self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
         self.optimizer.step()
 
-    def hold(self, way: str, mask: SafetyMask) -> None:
-        """Hold from here on, as `SafetyPreservingAdaptation` does."""
+    def hold(self, masks: Path) -> None:
+        """Hold from here on, as `SafetyPreservingAdaptation` does; nothing where the way is plain."""
+        if self.way == PLAIN:
+            return
+        mask = SafetyMask.load(masks / self.way)
         model = find_language_model(self.model)
         WeightHolder(mask).attach(model, [self.optimizer])
-        if way == "whole neurons":
+        if self.way == "whole neurons":
             WeightHolder(adapter_rows(model, mask)).attach(model, [self.optimizer])
         else:
             HeldLora(mask).attach(model)
@@ -67,35 +81,31 @@ class Training:
 def make_masks(model: Any) -> dict[str, SafetyMask]:
     """Score the model as a fit does."""
     scores = expected_safety_impact(model, RefusalMargin(), load_tokenizer(BUNDLED_MODEL))
-    return {
-        "single weights": select_top(scores, FRACTION),
-        "random weights": select_random(scores, FRACTION, 0),
-        "whole neurons": select_neurons(scores, FRACTION),
-    }
+    masks = (select_top(scores, FRACTION), select_random(scores, FRACTION, 0), select_neurons(scores, FRACTION))
+    return dict(zip(HELD, masks, strict=True))
 
 
 def main() -> None:
     """Print both tables."""
-    trainings = {way: Training() for way in ("plain LoRA", *WAYS)}
+    trainings = {way: Training(way) for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        for way, mask in make_masks(find_language_model(trainings["plain LoRA"].model)).items():
-            mask.save(Path(folder) / way)
-            trainings[way].hold(way, mask)
+        for name, mask in make_masks(find_language_model(trainings[PLAIN].model)).items():
+            mask.save(Path(folder) / name)
         for training in trainings.values():
+            training.hold(Path(folder))
             training.step()
         compare({way: training.step for way, training in trainings.items()}, rounds=ROUNDS, unit="seconds")
         print("\n| | peak of a fresh process, MiB |\n|---|---|")
         for way in trainings:
-            command = [sys.executable, __file__, way, str(Path(folder) / way)]
+            command = [sys.executable, __file__, way, folder]
             print(f"| {way} | {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()} |")
 
 
-def measure_memory(way: str, file: str) -> None:
+def measure_memory(way: str, masks: str) -> None:
     """Print how much three steps add to the memory of this process, model included."""
     before = _peak()
-    training = Training()
-    if way in WAYS:
-        training.hold(way, SafetyMask.load(file))
+    training = Training(way)
+    training.hold(Path(masks))
     for _ in range(3):
         training.step()
     print(f"{(_peak() - before) / 1024:.0f}")

@@ -27,7 +27,7 @@ from tests.callbacks.toys import (
     quiet,
     weights_of,
 )
-from tests.enforcement.objectives import Broken, Elsewhere, TokenRows
+from tests.enforcement.objectives import Broken, Elsewhere, Opposed, TokenRows
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 TOKENIZER = make_tiny_tokenizer()
@@ -162,14 +162,6 @@ class Agreeing(TokenRows):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return torch.stack([(weight * self.kept[name]).sum() for name, weight in model.named_parameters()]).sum()
-
-
-class Opposed(TokenRows):
-    """Some rows ask for the opposite of likelihood."""
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        sign = -1 if batch.tensors["input_ids"][0, 0] == 9 else 1
-        return super().loss(model, batch) * sign
 
 
 def test_project_in_a_fit_is_the_dense_reference() -> None:

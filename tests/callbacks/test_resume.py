@@ -15,9 +15,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation
+from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation, SafetyRehearsal
 from lightning_safety.data import load_prompts
-from lightning_safety.scoring import RefusalMargin, SafetyMask
+from lightning_safety.scoring import RefusalLikelihood, RefusalMargin, SafetyMask
 from lightning_safety.training import CausalLanguageModule, InstructionDataModule
 from tests.callbacks.fits import fit as fit_user_module
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
@@ -30,6 +30,10 @@ CALLBACKS = {
     "spa": SafetyPreservingAdaptation,
     "set": SafetyEnhancementTuning,
     "averaged set": partial(SafetyEnhancementTuning, average_last=STEPS - 2),
+}
+REHEARSALS = {
+    "rehearsal": partial(SafetyRehearsal, 3),
+    "adaptive rehearsal": partial(SafetyRehearsal, "adaptive", watch_every_n_steps=3, tolerance=0.0, watch_prompts=4),
 }
 
 
@@ -56,7 +60,9 @@ def fit(
         make_tiny_model(attention_dropout=0.2), tokenizer=make_tiny_tokenizer(), learning_rate=1e-2, schedule="linear"
     )
     data = InstructionDataModule(load_prompts("harmless", split="train", limit=22), batch_size=2, seed=7, max_length=48)
-    if callbacks is None:
+    if callbacks is None and kind in REHEARSALS:
+        callbacks = (REHEARSALS[kind](objective=RefusalLikelihood(limit=4), batch_size=1),)
+    elif callbacks is None:
         objective = RefusalMargin(limit=4)
         callbacks = (CALLBACKS[kind](0.05, mask=make_mask() if given else None, objective=objective),)
     saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
@@ -74,6 +80,7 @@ def fit(
         pytest.param("set", False, id="set, mask computed"),
         pytest.param("set", True, id="set, mask given"),
         pytest.param("averaged set", True, id="averaged set"),
+        *(pytest.param(kind, False, id=kind) for kind in REHEARSALS),
     ],
 )
 def test_killed_and_resumed_is_uninterrupted(tmp_path, kind, given):

@@ -30,6 +30,14 @@ class TokenRows(SafetyObjective):
         return loss
 
 
+class Opposed(TokenRows):
+    """Some rows ask for the opposite of likelihood, so that a task that raises it points against them."""
+
+    def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
+        sign = -1 if int(batch.tensors["input_ids"][0, 0]) == 9 else 1
+        return super().loss(model, batch) * sign
+
+
 class Broken(TokenRows):
     """The loss, or its gradient alone, is not finite."""
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits in two processes on the CPU, and what became of their weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import Tensor, distributed, multiprocessing
+from torch.distributed.fsdp import fully_shard
+
+from tests.callbacks.toys import OwnModule, make_batches, make_loader, quiet
+
+PROCESSES = 2
+MakeCallbacks = Callable[[], Sequence[pl.Callback]]
+MakeModule = Callable[..., OwnModule]
+
+
+class Sharded(OwnModule):
+    """Spreads its layers over the processes (FSDP2)."""
+
+    def configure_model(self) -> None:
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+def fit_alone(module: OwnModule, callbacks: Sequence[pl.Callback], *, steps: int, **options: Any) -> dict[str, Tensor]:
+    """Fit in this process, on the batches of all processes at a step as one."""
+    rows = make_batches(steps * PROCESSES)
+    batches = [torch.cat(rows[start : start + PROCESSES]) for start in range(0, len(rows), PROCESSES)]
+    pl.Trainer(**quiet(callbacks, **options)).fit(module, make_loader(batches))
+    return {name: weight.detach() for name, weight in module.model.named_parameters()}
+
+
+def fit_together(
+    folder: Path, strategy: str, make_module: Callable[[], OwnModule], make_callbacks: MakeCallbacks, **options: Any
+) -> dict[str, Tensor]:
+    """Fit in two processes, make sure that both end with the same weights, and return them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, folder, strategy, make_module, make_callbacks, options)
+    multiprocessing.spawn(_fit_process, args=arguments, nprocs=PROCESSES)
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    return first
+
+
+def _fit_process(
+    rank: int,
+    port: int,
+    folder: Path,
+    strategy: str,
+    make_module: Callable[[], OwnModule],
+    make_callbacks: MakeCallbacks,
+    options: dict[str, Any],
+) -> None:
+    # What torchrun sets.
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_WORLD_SIZE": str(PROCESSES),
+        "GROUP_RANK": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+    torch.set_num_threads(1)
+    steps = options.pop("steps")
+    chosen: Any = strategy
+    if strategy == "fsdp2":
+        chosen = ModelParallelStrategy(data_parallel_size=PROCESSES, tensor_parallel_size=1)
+    module = make_module()
+    settings = quiet(make_callbacks(), **options) | {"devices": PROCESSES, "strategy": chosen}
+    rows = make_batches(steps * PROCESSES)[rank::PROCESSES]
+    pl.Trainer(**settings, use_distributed_sampler=False).fit(module, make_loader(rows))
+    weights = {
+        name: weight.detach().full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
+        for name, weight in module.model.named_parameters()
+    }
+    torch.save({name: weight.clone() for name, weight in weights.items()}, folder / f"{rank}.pt")
+    distributed.destroy_process_group()

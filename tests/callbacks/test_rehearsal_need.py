@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rehearsing only when needed: from the look that finds the margin too low until the one that finds it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from lightning_safety.callbacks import SafetyRehearsal, rehearsal_need
+from lightning_safety.data import Example
+from tests.callbacks.toys import OwnModule, assert_same_bits, fit, make_smallest_model
+from tests.enforcement.objectives import TokenRows
+from tests.tiny import make_tiny_tokenizer
+
+
+def adaptive(**options: Any) -> SafetyRehearsal:
+    settings = {"objective": TokenRows(), "tokenizer": make_tiny_tokenizer(), "watch_every_n_steps": 2, **options}
+    return SafetyRehearsal("adaptive", **settings)
+
+
+def script(monkeypatch: pytest.MonkeyPatch, margins: Sequence[float]) -> list[float]:
+    """Let the margin be these values, one a look; returns those that are left."""
+    left = list(margins)
+    monkeypatch.setattr(rehearsal_need, "refusal_margin", lambda *_: left.pop(0))
+    return left
+
+
+def acts(callback: SafetyRehearsal, steps: int) -> list[bool]:
+    """At which steps a fit rehearses."""
+    found: list[bool] = []
+    rehearse = callback.rehearsal.mix
+
+    def mix(*arguments: Any, **options: Any) -> Any:
+        found[-1] = True
+        return rehearse(*arguments, **options)
+
+    callback.rehearsal.mix = mix  # type: ignore[method-assign]
+    due = callback._is_due
+
+    def is_due(*arguments: Any) -> bool:
+        found.append(False)
+        return due(*arguments)
+
+    callback._is_due = is_due  # type: ignore[method-assign]
+    fit(OwnModule(make_smallest_model()), [callback], steps=steps)
+    return found
+
+
+def test_it_begins_below_the_tolerance_and_ends_at_the_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the start, then before the steps 2, 4, 6, 8, 10: within, below, nearly back, back, within.
+    left = script(monkeypatch, [1.0, 0.9, 0.7, 0.95, 1.0, 0.85])
+    callback = adaptive(tolerance=0.2)
+    assert acts(callback, 12) == [False] * 4 + [True] * 4 + [False] * 4
+    assert not left
+    assert callback.metrics["safety/rehearsal_margin"] == pytest.approx(0.85)
+    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(4 / 12)
+
+
+def test_where_it_is_never_needed_no_bit_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, [1.0] * 4)
+    module, plain = OwnModule(make_smallest_model()), OwnModule(make_smallest_model())
+    fit(module, [adaptive()], steps=6)
+    fit(plain, steps=6)
+    assert_same_bits(module.model, plain.model)
+
+
+def test_the_real_margin_is_looked_at() -> None:
+    model = make_smallest_model(vocab_size=512, max_position_embeddings=256)
+    callback = adaptive(watch_prompts=2, tolerance=0.0)
+    trainer = fit(OwnModule(model), [callback], steps=3)
+    assert "safety/rehearsal_margin" in trainer.callback_metrics
+    assert trainer.callback_metrics["safety/rehearsal_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": -0.1}, r"`tolerance` expected to be nats of at least 0 but got -0\.1"),
+        ({"tolerance": float("inf")}, r"`tolerance` expected to be nats of at least 0 but got inf"),
+        ({"watch_every_n_steps": 0}, r"`watch_every_n_steps` expected to be"),
+        ({"watch_prompts": 0}, r"`watch_prompts` expected to be"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adaptive(**options)
+
+
+def test_prompts_without_refusals_stop_the_fit() -> None:
+    with pytest.raises(ValueError, match=r"`watch` expected harmful prompts with refusals as responses"):
+        fit(OwnModule(make_smallest_model()), [adaptive(watch=[Example("Hello.")])])
