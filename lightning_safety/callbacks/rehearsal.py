@@ -92,7 +92,7 @@ class SafetyRehearsal(pl.Callback):
         objective: SafetyObjective | None = None,
         *,
         weight: float = 1.0,
-        batch_size: int = 2,
+        batch_size: int = 3,
         watch_every_n_steps: int = 10,
         tolerance: float = 0.1,
         watch: PromptSource = "harmful",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_safety.arguments import check_positive
-from lightning_safety.data import Example, pad_batch
+from lightning_safety.data import Example, TokenizedExample, pad_batch
 from lightning_safety.language import encode_example, generate_replies
 from lightning_safety.language.tokenizer import pad_token_id
 from lightning_safety.monitoring.judges import KeywordRefusalJudge
@@ -38,7 +39,10 @@ class OwnReplies(SafetyObjective):
         harmful: Prompts that should be refused.
         borderline: Harmless prompts that look harmful.
         split: The split of built-in sets.
-        prompts: At most so many of each kind, spread evenly over the set.
+        prompts: At most so many harmful prompts, spread evenly over the set, and `answers_per_refusal` times as many
+            borderline ones.
+        answers_per_refusal: How many answers are kept for each refusal. Refusals are alike and answers are not: with as
+            many of each, a model comes to refuse more.
         max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones.
 
     Raises:
@@ -52,13 +56,15 @@ class OwnReplies(SafetyObjective):
         borderline: PromptSource = "borderline",
         *,
         split: str = "train",
-        prompts: int = 64,
+        prompts: int = 48,
+        answers_per_refusal: int = 2,
         max_new_tokens: int = 16,
     ) -> None:
         self.harmful = harmful
         self.borderline = borderline
         self.split = split
         self.prompts = check_positive(prompts, "prompts")
+        self.answers_per_refusal = check_positive(answers_per_refusal, "answers_per_refusal")
         self.max_new_tokens = check_positive(max_new_tokens, "max_new_tokens")
         self._pairs: dict[str, list[tuple[str, str]]] = {}
 
@@ -68,14 +74,16 @@ class OwnReplies(SafetyObjective):
             **super().describe(),
             "split": self.split,
             "prompts": str(self.prompts),
+            "answers_per_refusal": str(self.answers_per_refusal),
             "max_new_tokens": str(self.max_new_tokens),
         }
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let the model reply, and keep what it did right."""
+        answers = self.prompts * self.answers_per_refusal
         sets = {
             "harmful": read_prompts(self.harmful, "harmful", split=self.split, limit=self.prompts)[1],
-            "borderline": read_prompts(self.borderline, "borderline", split=self.split, limit=self.prompts)[1],
+            "borderline": read_prompts(self.borderline, "borderline", split=self.split, limit=answers)[1],
         }
         prompts = [example.prompt for examples in sets.values() for example in examples]
         length = max(self.max_new_tokens, _JUDGED_TOKENS)
@@ -98,7 +106,7 @@ class OwnReplies(SafetyObjective):
         self._pairs = {kind: [(prompt, reply) for prompt, reply in pairs] for kind, pairs in state_dict.items()}
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
-        """Return the kept replies, both kinds in every batch; where one kind has fewer, its rows come again."""
+        """Return the kept replies, a refusal and its answers in turn; of a kind with too few, rows come again."""
         encoded = {
             kind: [
                 # Most replies are cut: the model must not learn to stop there.
@@ -107,15 +115,27 @@ class OwnReplies(SafetyObjective):
             ]
             for kind, pairs in self._pairs.items()
         }
-        longest = max((len(rows) for rows in encoded.values()), default=0)
-        rows = [rows[place % len(rows)] for place in range(longest) for rows in encoded.values()]
         padding = pad_token_id(tokenizer)
+        rows = _in_turn(encoded["harmful"], encoded["borderline"], self.answers_per_refusal)
         groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         return [ObjectiveBatch(pad_batch(group, pad_token_id=padding), len(group)) for group in groups]
 
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
         """Return the mean over examples of the mean negative log-probability per token of the reply."""
         return -mean_log_probability(model, batch.tensors).mean()
+
+
+def _in_turn(
+    refusals: Sequence[TokenizedExample], answers: Sequence[TokenizedExample], answers_per_refusal: int
+) -> list[TokenizedExample]:
+    """Return one refusal, so many answers, the next refusal and so on, until every row has come at least once."""
+    turns = max(len(refusals), math.ceil(len(answers) / answers_per_refusal))
+    rows = []
+    for turn in range(turns):
+        rows.append(refusals[turn % len(refusals)])
+        first = turn * answers_per_refusal
+        rows += [answers[place % len(answers)] for place in range(first, first + answers_per_refusal)]
+    return rows
 
 
 def _kept(

@@ -51,7 +51,7 @@ def test_what_it_did_right_is_kept_and_nothing_else() -> None:
 
 @pytest.mark.filterwarnings("ignore:The model refuses 1 of 3")
 def test_only_the_first_tokens_of_a_reply_count() -> None:
-    (batch,) = prepared(max_new_tokens=5).batches(TOKENIZER, batch_size=2)
+    (batch,) = prepared(max_new_tokens=5, answers_per_refusal=1).batches(TOKENIZER, batch_size=2)
     assert (batch.tensors["labels"] != -100).sum(1).tolist() == [5, 5]
     assert TOKENIZER.decode(batch.tensors["labels"][0][batch.tensors["labels"][0] != -100])[:5] == REFUSAL[:5]
 
@@ -60,19 +60,18 @@ def test_only_the_first_tokens_of_a_reply_count() -> None:
 def test_both_kinds_are_in_every_batch_and_the_rarer_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REPLIES, "harmful second", REFUSAL)
     monkeypatch.setitem(REPLIES, "harmful third", REFUSAL)
-    batches = prepared(harmful=[*HARMFUL, Example("harmful second"), Example("harmful third")]).batches(
-        TOKENIZER, batch_size=2
-    )
+    objective = prepared(harmful=[*HARMFUL, Example("harmful second"), Example("harmful third")])
+    batches = objective.batches(TOKENIZER, batch_size=3)
     texts = [[TOKENIZER.decode(ids) for ids in batch.tensors["input_ids"]] for batch in batches]
-    assert [batch.examples for batch in batches] == [2, 2, 2]
-    assert ["harmful" in text for pair in texts for text in pair] == [True, False] * 3
-    assert all("harmless answered" in pair[1] for pair in texts)
+    assert [batch.examples for batch in batches] == [3, 3, 3]
+    assert ["harmful" in text for rows in texts for text in rows] == [True, False, False] * 3
+    assert all("harmless answered" in text for rows in texts for text in rows[1:])
 
 
 @pytest.mark.filterwarnings("ignore:The model refuses 1 of 3")
 def test_the_loss_is_the_mean_over_examples_of_the_mean_over_their_tokens() -> None:
     model = make_tiny_model()
-    objective = prepared(max_new_tokens=6)
+    objective = prepared(max_new_tokens=6, answers_per_refusal=1)
     (batch,) = objective.batches(TOKENIZER, batch_size=2)
     with torch.no_grad():
         singles = [float(objective.loss(model, one)) for one in objective.batches(TOKENIZER, batch_size=1)]
@@ -84,7 +83,7 @@ def test_a_state_takes_the_place_of_preparing() -> None:
     objective = prepared()
     other = OwnReplies(max_new_tokens=objective.max_new_tokens)
     other.load_state_dict(objective.state_dict())
-    (batch,), (again,) = (each.batches(TOKENIZER, batch_size=2) for each in (objective, other))
+    (batch,), (again,) = (each.batches(TOKENIZER, batch_size=3) for each in (objective, other))
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in batch.tensors.items())
 
 
