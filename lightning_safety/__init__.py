@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         load_causal_lm,
         load_tokenizer,
     )
-    from lightning_safety.monitoring import KeywordRefusalJudge, Verdict, evaluate_safety, perplexity
+    from lightning_safety.monitoring import KeywordRefusalJudge, OwnReplies, Verdict, evaluate_safety, perplexity
     from lightning_safety.scoring import (
         GuardJudgedSafety,
         MixtureLayout,
@@ -76,7 +76,7 @@ _ROOMS = {
         "save_held_adapter",
     ),
     "language": ("find_language_model", "generate_replies", "load_causal_lm", "load_tokenizer"),
-    "monitoring": ("KeywordRefusalJudge", "Verdict", "evaluate_safety", "perplexity"),
+    "monitoring": ("KeywordRefusalJudge", "OwnReplies", "Verdict", "evaluate_safety", "perplexity"),
     "scoring": (
         "GuardJudgedSafety",
         "MixtureLayout",

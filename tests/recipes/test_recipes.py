@@ -25,6 +25,7 @@ def test_the_recipes_are_these():
         "instruction_tuning_baseline",
         "instruction_tuning_lora_spa",
         "instruction_tuning_qlora_spa",
+        "instruction_tuning_safe",
         "instruction_tuning_spa",
         "instruction_tuning_watched",
         "moe_spa",
