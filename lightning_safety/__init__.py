@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         SafetyRehearsal,
         SafetyReport,
         SubspaceOverlapMonitor,
+        preserve_safety,
     )
     from lightning_safety.data import Example, load_prompts
     from lightning_safety.enforcement import (
@@ -65,6 +66,7 @@ _ROOMS = {
         "SafetyRehearsal",
         "SafetyReport",
         "SubspaceOverlapMonitor",
+        "preserve_safety",
     ),
     "data": ("Example", "load_prompts"),
     "enforcement": (

@@ -11,6 +11,7 @@ from lightning_safety.callbacks.monitor import Check, SafetyListener, SafetyMoni
 from lightning_safety.callbacks.preserving import SafetyPreservingAdaptation
 from lightning_safety.callbacks.rehearsal import SafetyRehearsal
 from lightning_safety.callbacks.report import SafetyReport
+from lightning_safety.callbacks.stack import preserve_safety
 from lightning_safety.callbacks.subspace import SubspaceOverlapMonitor
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "SafetyRehearsal",
     "SafetyReport",
     "SubspaceOverlapMonitor",
+    "preserve_safety",
 ]

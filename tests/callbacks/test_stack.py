@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_safety.callbacks import HarmfulnessMonitor, SafetyRehearsal, preserve_safety
+from lightning_safety.monitoring import OwnReplies
+
+
+@pytest.mark.parametrize(("budget", "every"), [(1, 1), (0.15, 4), (0.1, 6), (0.05, 12)])
+def test_a_smaller_budget_rehearses_more_rarely(budget: float, every: int) -> None:
+    rehearsal, monitor = preserve_safety(budget, tokenizer="some/folder", language_model="model.student")
+    assert isinstance(rehearsal, SafetyRehearsal)
+    assert isinstance(monitor, HarmfulnessMonitor)
+    assert rehearsal.every == every
+    assert isinstance(rehearsal.rehearsal.objective, OwnReplies)
+    for callback in (rehearsal, monitor):
+        assert (callback.tokenizer, callback.language_model) == ("some/folder", "model.student")
+
+
+@pytest.mark.parametrize("budget", [0, 0.005, 15, True, "0.1", float("nan")])
+def test_a_bad_budget_is_refused(budget: Any) -> None:
+    with pytest.raises(ValueError, match=r"`budget` expected to be a share of the training time in \[0\.01, 1\]"):
+        preserve_safety(budget)
