@@ -39,9 +39,8 @@ def main() -> None:
                 for kind in ("harmful", "borderline")
             }
         )
-        rehearsals[mode] = Rehearsal(objective, mode=mode, batch_size=3).prepare(
-            model, tokenizer, objective.state_dict()
-        )
+        rehearsal = Rehearsal(objective, mode=mode, batch_size=3)
+        rehearsals[mode] = rehearsal.prepare(model, tokenizer, objective.state_dict())
 
     def step() -> None:
         optimizer.zero_grad()

@@ -48,7 +48,8 @@ def preserve_safety(
     """
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0.01 <= budget <= 1:
         raise ValueError(
-            f"`budget` expected to be a share of the training time in [0.01, 1] but got {budget!r}. For 15 %, pass 0.15."
+            f"`budget` expected to be a share of the training time in [0.01, 1] but got {budget!r}. For 15 %,"
+            " pass 0.15."
         )
     every = math.ceil(_STEPS_PER_REHEARSAL / budget)
     return [
