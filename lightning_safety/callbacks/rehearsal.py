@@ -52,8 +52,8 @@ class SafetyRehearsal(pl.Callback):
 
     Args:
         every: Rehearse at every so many optimizer steps, from the first on. ``"adaptive"``: only when needed. Every
-            `watch_every_n_steps` steps the refusal margin is looked at, without gradients; once it is below its value
-            at the start by more than `tolerance`, every step rehearses until it is back.
+            `watch_every_n_steps` steps the margin of the model's own refusals is looked at, without gradients; once it
+            is below its value at the start by more than `tolerance`, every step rehearses until it is back.
         mode: ``"add"``: the gradient of the task's loss plus `weight` times the safety loss. ``"project"``: what in the
             task's gradient would raise the safety loss is taken out (A-GEM).
         objective: The safety loss. Default: `OwnReplies`, what the model itself refuses and answers when the fit
@@ -62,8 +62,8 @@ class SafetyRehearsal(pl.Callback):
         batch_size: Examples in one rehearsal.
         watch_every_n_steps: With ``every="adaptive"``, after how many optimizer steps the margin is looked at.
         tolerance: With ``every="adaptive"``, by how much the margin may fall below its start, in nats per token.
-        watch: Harmful prompts with refusals for that look: a built-in set (its split ``monitor``), a file, or a mapping
-            of what `load_prompts` takes.
+        watch: Harmful prompts for that look: a built-in set (its split ``monitor``), a file, or a mapping of what
+            `load_prompts` takes. Those count that the model refuses at the start.
         watch_prompts: At most so many of them.
         tokenizer: The tokenizer or its path. Default: the module's or the data module's, or the one that lies beside
             the model's weights on disk.
@@ -177,7 +177,7 @@ class SafetyRehearsal(pl.Callback):
             self._continues = self._restored is not None
             self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
             if self.need is not None:
-                self.need.prepare(tokenizer)
+                self.need.prepare()
         self._randomness.at_fit_start(self._restored["random"] if self._restored else None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,8 +200,11 @@ class SafetyRehearsal(pl.Callback):
             )
         if self.need is not None:
             assert self._model is not None
+            assert self._tokenizer is not None
             started = time.perf_counter()
-            self.need.begin(trainer, self._model, self._restored["need"] if self._restored else None)
+            with preserved_random_state():
+                restored = self._restored["need"] if self._restored else None
+                self.need.begin(trainer, self._model, self._tokenizer, restored)
             self._seconds += time.perf_counter() - started
         self._randomness.at_train_start(trainer)
 

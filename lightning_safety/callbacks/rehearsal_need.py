@@ -13,19 +13,25 @@ from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example
 from lightning_safety.monitoring import PromptSource, read_prompts
 from lightning_safety.monitoring.margin import refusal_margin
+from lightning_safety.monitoring.own_replies import keep_replies
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+_REFUSAL_TOKENS = 16
+
 
 class RehearsalNeed:
     """Looks at the refusal margin now and then, and tells from its fall when to rehearse.
 
+    It is the margin of the model's own refusals, those that it gave before it trained. That of written ones says less:
+    a model that loses its refusals for the style of a task may come to find them likelier.
+
     Args:
         every_n_steps: After how many optimizer steps to look.
         tolerance: By how much the margin may fall below its start, in nats per token.
-        source: Harmful prompts with refusals.
+        source: Harmful prompts.
         prompts: At most so many of them.
 
     Attributes:
@@ -33,7 +39,7 @@ class RehearsalNeed:
         needed: Whether to rehearse: from the look that found it too low until the one that finds it back.
 
     Raises:
-        ValueError: An argument is out of range, or the prompts have no refusals.
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, every_n_steps: int, tolerance: float, source: PromptSource, prompts: int) -> None:
@@ -48,26 +54,35 @@ class RehearsalNeed:
         self.margin: float | None = None
         self.needed = False
         self._start: float | None = None
+        self._prompts: list[Example] = []
         self._examples: list[Example] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def prepare(self) -> None:
         """Read the prompts."""
-        found = read_prompts(self.source, "watch", split="monitor", limit=self.prompts)[1]
-        self._examples = [example for example in found if example.response]
-        if not self._examples:
-            raise ValueError(
-                "`watch` expected harmful prompts with refusals as responses, which the refusal margin needs, but there"
-                " are none. Name their column: `watch={'source': …, 'response_column': …}`."
-            )
-        self._tokenizer = tokenizer
+        self._prompts = read_prompts(self.source, "watch", split="monitor", limit=self.prompts)[1]
 
-    def begin(self, trainer: pl.Trainer, model: nn.Module, restored: dict[str, Any] | None) -> None:
-        """Look at the model before it trains, or take up what a checkpoint says that it was."""
+    def begin(
+        self,
+        trainer: pl.Trainer,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        restored: dict[str, Any] | None,
+    ) -> None:
+        """Look at the model before it trains, or take up what a checkpoint says that it was.
+
+        Raises:
+            ValueError: The model refuses none of the prompts.
+        """
+        self._tokenizer = tokenizer
         if restored is None:
+            self._examples = keep_replies(
+                model, tokenizer, self._prompts, name="watch", refused=True, max_new_tokens=_REFUSAL_TOKENS
+            )
             self._start = self.margin = self._look(trainer, model)
             self.needed = False
         else:
+            self._examples = [Example(prompt, refusal) for prompt, refusal in restored["refusals"]]
             self._start, self.margin, self.needed = restored["start"], restored["margin"], restored["needed"]
 
     def is_due(self, trainer: pl.Trainer, model: nn.Module, step: int) -> bool:
@@ -80,7 +95,8 @@ class RehearsalNeed:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs to decide alike."""
-        return {"start": self._start, "margin": self.margin, "needed": self.needed}
+        refusals = [[example.prompt, example.response] for example in self._examples]
+        return {"refusals": refusals, "start": self._start, "margin": self.margin, "needed": self.needed}
 
     def _look(self, trainer: pl.Trainer, model: nn.Module) -> float:
         assert self._tokenizer is not None

@@ -80,22 +80,13 @@ class OwnReplies(SafetyObjective):
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let the model reply, and keep what it did right."""
-        answers = self.prompts * self.answers_per_refusal
-        sets = {
-            "harmful": read_prompts(self.harmful, "harmful", split=self.split, limit=self.prompts)[1],
-            "borderline": read_prompts(self.borderline, "borderline", split=self.split, limit=answers)[1],
-        }
-        prompts = [example.prompt for examples in sets.values() for example in examples]
-        length = max(self.max_new_tokens, _JUDGED_TOKENS)
-        replies = generate_replies(model, tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH_SIZE)
-        refused = [verdict.refused for verdict in KeywordRefusalJudge().score(prompts, replies)]
-        count = len(sets["harmful"])
-        self._pairs = {
-            "harmful": _kept(prompts[:count], replies[:count], refused[:count], True),
-            "borderline": _kept(prompts[count:], replies[count:], refused[count:], False),
-        }
-        for kind, examples in sets.items():
-            _check_kept(kind, len(self._pairs[kind]), examples)
+        limits = {"harmful": self.prompts, "borderline": self.prompts * self.answers_per_refusal}
+        for kind, source in (("harmful", self.harmful), ("borderline", self.borderline)):
+            examples = read_prompts(source, kind, split=self.split, limit=limits[kind])[1]
+            kept = keep_replies(
+                model, tokenizer, examples, name=kind, refused=kind == "harmful", max_new_tokens=self.max_new_tokens
+            )
+            self._pairs[kind] = [(example.prompt, example.response or "") for example in kept]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the replies that are kept: refusals, and openings of answers to harmless prompts."""
@@ -138,25 +129,46 @@ def _in_turn(
     return rows
 
 
-def _kept(
-    prompts: Sequence[str], replies: Sequence[str], refused: Sequence[bool | None], wanted: bool
-) -> list[tuple[str, str]]:
-    return [
-        (prompt, reply)
-        for prompt, reply, answer in zip(prompts, replies, refused, strict=True)
-        if reply and answer is wanted
+def keep_replies(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    name: str,
+    refused: bool,
+    max_new_tokens: int,
+) -> list[Example]:
+    """Let a model reply to prompts, and return those that it refused, or answered, with how its reply began.
+
+    Args:
+        model: As it is now.
+        tokenizer: Its tokenizer.
+        examples: The prompts; their responses do not matter.
+        name: What they are called in messages.
+        refused: Whether to keep the refusals; else the answers.
+        max_new_tokens: Length of the replies, in tokens; at least 12 are generated, so that a refusal can be told.
+
+    Raises:
+        ValueError: None is left.
+    """
+    prompts = [example.prompt for example in examples]
+    length = max(max_new_tokens, _JUDGED_TOKENS)
+    replies = generate_replies(model, tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH_SIZE)
+    verdicts = KeywordRefusalJudge().score(prompts, replies)
+    kept = [
+        Example(prompt, reply)
+        for prompt, reply, verdict in zip(prompts, replies, verdicts, strict=True)
+        if reply and verdict.refused is refused
     ]
-
-
-def _check_kept(kind: str, kept: int, examples: Sequence[Example]) -> None:
-    does = "refuses" if kind == "harmful" else "answers"
+    does = "refuses" if refused else "answers"
     if not kept:
         raise ValueError(
-            f"`{kind}` expected prompts that the model {does} but it {does} none of {len(examples)}, so that there is"
+            f"`{name}` expected prompts that the model {does} but it {does} none of {len(prompts)}, so that there is"
             " nothing to keep. Make the model safe first (`SafetyEnhancementTuning`), or teach it written replies:"
             " `objective=RefusalLikelihood(…)`."
         )
-    if kept < len(examples) / 2:
+    if len(kept) < len(prompts) / 2:
         warnings.warn(
-            f"The model {does} {kept} of {len(examples)} {kind} prompts; only these are kept so.", stacklevel=2
+            f"The model {does} {len(kept)} of {len(prompts)} {name} prompts; only these are kept so.", stacklevel=2
         )
+    return kept

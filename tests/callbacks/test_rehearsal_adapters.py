@@ -17,6 +17,7 @@ from lightning_safety.callbacks import (
     rehearsal_need,
 )
 from lightning_safety.enforcement import merge_held_adapter
+from lightning_safety.monitoring import own_replies
 from lightning_safety.scoring import RefusalLikelihood
 from tests.callbacks.toys import (
     OwnModule,
@@ -52,6 +53,7 @@ def adapters_of(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("every", [1, "adaptive"])
 def test_of_adapters_it_trains_the_adapters(kind: str, every: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The looks of the adaptive way are what repacks 4-bit weights on some CPUs, after which gradients are missing."""
+    monkeypatch.setattr(own_replies, "generate_replies", lambda *arguments, **_: ["I can't help."] * len(arguments[2]))
     look = rehearsal_need.refusal_margin
     looks: list[float | None] = []
 

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 
 from lightning_safety.callbacks import SafetyRehearsal, rehearsal_need
-from lightning_safety.data import Example
+from lightning_safety.monitoring import own_replies
 from tests.callbacks.toys import OwnModule, assert_same_bits, fit, make_smallest_model
 from tests.enforcement.objectives import TokenRows
 from tests.tiny import make_tiny_tokenizer
+
+REFUSAL = "I'm sorry, but I can't assist with that."
+
+
+@pytest.fixture(autouse=True)
+def _refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_replies, "generate_replies", lambda *arguments, **_: [REFUSAL] * len(arguments[2]))
 
 
 def adaptive(**options: Any) -> SafetyRehearsal:
@@ -88,6 +95,7 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
         adaptive(**options)
 
 
-def test_prompts_without_refusals_stop_the_fit() -> None:
-    with pytest.raises(ValueError, match=r"`watch` expected harmful prompts with refusals as responses"):
-        fit(OwnModule(make_smallest_model()), [adaptive(watch=[Example("Hello.")])])
+def test_a_model_that_refuses_none_of_the_prompts_stops_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_replies, "generate_replies", lambda *arguments, **_: ["Sure."] * len(arguments[2]))
+    with pytest.raises(ValueError, match=r"`watch` expected prompts that the model refuses but it refuses none of 16"):
+        fit(OwnModule(make_smallest_model()), [adaptive()])

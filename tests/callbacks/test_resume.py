@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import pytorch_lightning as pl
@@ -17,6 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation, SafetyRehearsal
 from lightning_safety.data import load_prompts
+from lightning_safety.monitoring import own_replies
 from lightning_safety.scoring import RefusalLikelihood, RefusalMargin, SafetyMask
 from lightning_safety.training import CausalLanguageModule, InstructionDataModule
 from tests.callbacks.fits import fit as fit_user_module
@@ -67,7 +69,9 @@ def fit(
         callbacks = (CALLBACKS[kind](0.05, mask=make_mask() if given else None, objective=objective),)
     saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = make_trainer(folder, [saver, *callbacks], max_epochs=10, max_steps=STEPS)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    # A random model refuses nothing.
+    with patch.object(own_replies, "generate_replies", lambda *given, **_: ["I can't help with that."] * len(given[2])):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return module, trainer
 
 
