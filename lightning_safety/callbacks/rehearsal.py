@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
@@ -43,7 +47,8 @@ class SafetyRehearsal(pl.Callback):
     ``rehearsal_conflicts`` (the share of rehearsals in which the task pointed against safety), and with
     ``every="adaptive"`` ``rehearsal_margin`` (the last refusal margin that was looked at).
 
-    A resumed fit goes on in the rotation where the checkpoint was saved. Runs on a single device, under DDP, and under
+    A resumed fit goes on in the rotation where the checkpoint was saved; on a single device it ends with the bits of
+    one that was not interrupted. Runs on a single device, under DDP, and under
     ``ModelParallelStrategy`` (FSDP2) with data parallelism; every process takes the same examples. With manual
     optimization, your own clipping comes before.
 
@@ -91,7 +96,7 @@ class SafetyRehearsal(pl.Callback):
         mode: RehearsalMode = "add",
         objective: SafetyObjective | None = None,
         *,
-        weight: float = 1.0,
+        weight: float = 2.0,
         batch_size: int = 3,
         watch_every_n_steps: int = 10,
         tolerance: float = 0.1,
@@ -182,6 +187,7 @@ class SafetyRehearsal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up where a checkpoint left, and look how safe the model is."""
+        self._warn_of_missing_state(trainer)
         if self._restored is not None:
             if not self._continues:
                 # Strategies that shard the model restore only now.
@@ -201,11 +207,9 @@ class SafetyRehearsal(pl.Callback):
         if self.need is not None:
             assert self._model is not None
             assert self._tokenizer is not None
-            started = time.perf_counter()
-            with preserved_random_state():
+            with preserved_random_state(), self._timed():
                 restored = self._restored["need"] if self._restored else None
                 self.need.begin(trainer, self._model, self._tokenizer, restored)
-            self._seconds += time.perf_counter() - started
         self._randomness.at_train_start(trainer)
 
     def on_before_optimizer_step(
@@ -217,10 +221,8 @@ class SafetyRehearsal(pl.Callback):
         number = trainer.optimizers.index(optimizer)
         step = self._steps.get(number, 0)
         self._steps[number] = step + 1
-        started = time.perf_counter()
         if self._is_due(trainer, step):
             self._rehearse(trainer, optimizer)
-        self._seconds += time.perf_counter() - started
 
     def on_train_batch_end(
         self,
@@ -248,22 +250,48 @@ class SafetyRehearsal(pl.Callback):
             assert isinstance(self.every, int)
             return step % self.every == 0
         assert self._model is not None
-        return self.need.is_due(trainer, self._model, step)
+        if self.need.looks_at(step):
+            with self._timed():
+                self.need.look(trainer, self._model)
+        return self.need.needed
 
     def _rehearse(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         assert self._model is not None
         loss_scale, gradient_scale = gradient_scales(trainer, optimizer)
-        done = self.rehearsal.mix(
-            self._model,
-            optimized_parameters(optimizer),
-            self._rehearsals,
-            gradient_scale=gradient_scale,
-            loss_scale=loss_scale,
-            forward_context=trainer.precision_plugin.train_step_context,
-        )
+        with self._timed():
+            done = self.rehearsal.mix(
+                self._model,
+                optimized_parameters(optimizer),
+                self._rehearsals,
+                beside=[vector for other in trainer.optimizers for vector in optimized_parameters(other)],
+                gradient_scale=gradient_scale,
+                loss_scale=loss_scale,
+                forward_context=trainer.precision_plugin.train_step_context,
+            )
         self._rehearsals += 1
         self._conflicts += bool(done.conflict)
         self._loss = done.loss
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        assert self._model is not None
+        if next(self._model.parameters()).is_cuda:
+            # What the task has still to do is not the rehearsal's time.
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+
+    def _warn_of_missing_state(self, trainer: pl.Trainer) -> None:
+        """Say so where a resumed fit prepared its objective on weights that are trained already."""
+        objective = self.rehearsal.objective
+        prepares = type(objective).prepare is not SafetyObjective.prepare
+        if trainer.ckpt_path is not None and prepares and not (self._restored and self._restored["objective"]):
+            warnings.warn(
+                f"The checkpoint has no state of {type(self).__name__} for {type(objective).__name__}: what is"
+                " rehearsed is what the model does in the checkpoint, not before its fit began.",
+                stacklevel=2,
+            )
 
     def _reaches(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> bool:
         """Whether an optimizer trains weights of the language model, or something in their place."""

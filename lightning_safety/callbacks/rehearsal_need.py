@@ -79,26 +79,30 @@ class RehearsalNeed:
             self._examples = keep_replies(
                 model, tokenizer, self._prompts, name="watch", refused=True, max_new_tokens=_REFUSAL_TOKENS
             )
-            self._start = self.margin = self._look(trainer, model)
+            self._start = self.margin = self._margin(trainer, model)
             self.needed = False
         else:
             self._examples = [Example(prompt, refusal) for prompt, refusal in restored["refusals"]]
             self._start, self.margin, self.needed = restored["start"], restored["margin"], restored["needed"]
 
-    def is_due(self, trainer: pl.Trainer, model: nn.Module, step: int) -> bool:
-        """Whether to rehearse at a step, 0 for the first of the fit."""
-        assert self._start is not None
-        if step and step % self.every_n_steps == 0:
-            self.margin = self._look(trainer, model)
-            self.needed = self.margin < self._start - (0 if self.needed else self.tolerance)
-        return self.needed
+    def looks_at(self, step: int) -> bool:
+        """Whether to look before a step, 0 for the first of the fit."""
+        return step > 0 and step % self.every_n_steps == 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed fit needs to decide alike."""
+    def look(self, trainer: pl.Trainer, model: nn.Module) -> None:
+        """Look at the model, and see whether it needs rehearsing."""
+        assert self._start is not None
+        self.margin = self._margin(trainer, model)
+        self.needed = self.margin < self._start - (0 if self.needed else self.tolerance)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what a resumed fit needs to decide alike; None before the first look."""
+        if self._start is None:
+            return None
         refusals = [[example.prompt, example.response] for example in self._examples]
         return {"refusals": refusals, "start": self._start, "margin": self.margin, "needed": self.needed}
 
-    def _look(self, trainer: pl.Trainer, model: nn.Module) -> float:
+    def _margin(self, trainer: pl.Trainer, model: nn.Module) -> float:
         assert self._tokenizer is not None
         with trainer.precision_plugin.train_step_context():
             margin = refusal_margin(model, self._tokenizer, self._examples)

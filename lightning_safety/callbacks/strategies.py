@@ -25,8 +25,9 @@ def check_strategy(trainer: Any, callback: object, *, several: Collection[str] =
     nearest = next((base.__name__ for base in bases if base.__module__.split(".")[0] in _PACKAGES), "")
     single = any(base.__name__ == "SingleDeviceStrategy" for base in bases) and trainer.world_size == 1
     if not single and nearest not in several:
+        others = f", or one of {' and '.join(several)}" if several else ""
         raise ValueError(
             f"`strategy` expected to run on a single device but got {type(trainer.strategy).__name__} with "
             f"{trainer.world_size} process(es), which {type(callback).__name__} does not support yet. "
-            f'Pass `Trainer(devices=1, strategy="auto")`.'
+            f'Pass `Trainer(devices=1, strategy="auto")`{others}.'
         )

@@ -17,7 +17,13 @@ Scratch = dict[tuple[torch.Size, torch.device], Tensor]
 
 
 def held_linear(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, entries: MatrixEntries, scratch: Scratch
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    entries: MatrixEntries,
+    places: Tensor,
+    scratch: Scratch,
 ) -> Tensor:
     """Return ``inputs @ (W − C)ᵀ + b`` for the sparse matrix C; differentiable in inputs, bias and values.
 
@@ -30,13 +36,14 @@ def held_linear(
         bias: [out], or None.
         values: float32 [entries]: the entries of C.
         entries: Where they stand.
+        places: The same as flat (row-major) indices: int32 or int64 [entries].
         scratch: Where the matrices are kept between calls.
 
     Returns:
         float32 [..., out].
     """
     apply: Any = _HeldLinear.apply
-    result: Tensor = apply(inputs, weight, bias, values, entries, scratch)
+    result: Tensor = apply(inputs, weight, bias, values, entries, places, scratch)
     return result
 
 
@@ -49,11 +56,12 @@ class _HeldLinear(torch.autograd.Function):
         bias: Tensor | None,
         values: Tensor,
         entries: MatrixEntries,
+        places: Tensor,
         scratch: Scratch,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight, values)
-        ctx.entries, ctx.scratch = entries, scratch
-        return functional.linear(inputs, _lessened(weight, values, entries, scratch), bias)
+        ctx.entries, ctx.places, ctx.scratch = entries, places, scratch
+        return functional.linear(inputs, _lessened(weight, values, places, scratch), bias)
 
     @staticmethod
     @once_differentiable
@@ -61,19 +69,21 @@ class _HeldLinear(torch.autograd.Function):
         inputs, weight, values = ctx.saved_tensors
         inputs_gradient = bias_gradient = values_gradient = None
         if ctx.needs_input_grad[0]:
-            inputs_gradient = gradient @ _lessened(weight, values, ctx.entries, ctx.scratch)
+            inputs_gradient = gradient @ _lessened(weight, values, ctx.places, ctx.scratch)
         if ctx.needs_input_grad[2]:
             bias_gradient = gradient.flatten(0, -2).sum(0)
         if ctx.needs_input_grad[3]:
             values_gradient = ctx.entries.sampled_over_tokens(gradient, inputs, values.dtype).neg_()
-        return inputs_gradient, None, bias_gradient, values_gradient, None, None
+        return inputs_gradient, None, bias_gradient, values_gradient, None, None, None
 
 
-def _lessened(weight: Tensor, values: Tensor, entries: MatrixEntries, scratch: Scratch) -> Tensor:
+def _lessened(weight: Tensor, values: Tensor, places: Tensor, scratch: Scratch) -> Tensor:
     """Return W − C; valid until the next call for the same shape."""
     key = (weight.shape, weight.device)
     if key not in scratch:
-        scratch[key] = torch.empty_like(weight)
+        # Made under inference mode it could not be written to afterwards.
+        with torch.inference_mode(False):
+            scratch[key] = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     lessened = scratch[key].copy_(weight)
-    lessened.view(-1).index_add_(0, entries.places, values, alpha=-1)
+    lessened.view(-1).index_add_(0, places, values, alpha=-1)
     return lessened

@@ -35,7 +35,8 @@ class HeldLora(Releasable):
     .. math:: y = W x + s\, B A \tilde x - s\, (M \odot B A)\, \tilde x
 
     with M one at the selected weights, gradients of A, B and x included. So the effective weight is W there, whatever A
-    and B become. Memory is needed for the places of the entries, and time for sparse products.
+    and B become. Memory is needed for the places of the entries and for one matrix of each shape, and time for sparse
+    products.
 
     The products stay part of the model: without them its adapters do something else. So save such a model with
     `save_held_adapter`, load it with `load_held_adapter` and merge it with `merge_held_adapter`.
@@ -101,7 +102,7 @@ class HeldLora(Releasable):
     @property
     def bytes(self) -> int:
         """Memory of the places of the held entries, in bytes."""
-        return sum(held.entries.bytes for held in self._held)
+        return sum(held.entries.bytes + held.places.nbytes for held in self._held)
 
     def check(self) -> None:
         """Make sure that no adapter of the held layers was added, removed or merged since `attach`.
@@ -145,6 +146,12 @@ def check_held_by(model: nn.Module, mask: SafetyMask) -> None:
         )
 
 
+def release_holders(model: nn.Module) -> None:
+    """Release whatever holds adapters of `model`."""
+    for holder in _holders(model):
+        holder.release()
+
+
 class _HeldLayer:
     """The hooks on one layer. They sit inside of it, so that peft's scaling and dropout stay peft's."""
 
@@ -152,10 +159,13 @@ class _HeldLayer:
         self.adapted = adapted
         self.adapters = adapted.adapters
         device = adapted.layer.lora_A[self.adapters[0]].weight.device
-        self.entries = MatrixEntries.from_indices(adapted.indices.to(device), adapted.shape)
+        self.places = adapted.indices.to(device)
+        self.entries = MatrixEntries.from_indices(self.places, adapted.shape)
         self._base: nn.Module = adapted.layer.get_base_layer()
         self._scratch = holder.scratch
+        # What to take out within the base's product, and from which input; then, that it was.
         self._within: tuple[str, Tensor] | None = None
+        self._taken: str | None = None
         self._inputs: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         for adapter in self.adapters:
@@ -169,6 +179,8 @@ class _HeldLayer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._within = self._taken = None
+        self._inputs.clear()
         if vars(self._base).get("forward") == self._base_forward:
             del self._base.forward
         if hasattr(self.adapted.layer, _HOLDER):
@@ -183,7 +195,7 @@ class _HeldLayer:
 
     def _choose(self, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Take the product out within that of the base, if one adapter acts and on the very input of the base."""
-        self._within = None
+        self._within = self._taken = None
         acting = [name for name in layer.active_adapters if name in self.adapters]
         tokens = inputs[0] if inputs else None
         if (
@@ -204,14 +216,16 @@ class _HeldLayer:
         if self._within is None or self._within[1] is not inputs:
             return nn.Linear.forward(self._base, inputs)  # type: ignore[arg-type]
         layer, adapter = self.adapted.layer, self._within[0]
-        self.entries = self.entries.to(inputs.device)
+        self._within, self._taken = None, adapter
+        self.entries, self.places = self.entries.to(inputs.device), self.places.to(inputs.device)
         product = entries_of_product(_weight(layer.lora_B[adapter]), _weight(layer.lora_A[adapter]), self.entries)
         values = product * layer.scaling[adapter]
         bias: Any = self._base.bias
-        return held_linear(inputs, _weight(self._base), bias, values, self.entries, self._scratch)
+        return held_linear(inputs, _weight(self._base), bias, values, self.entries, self.places, self._scratch)
 
     def _keep(self, adapter: str, down: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # noqa: ARG002
-        self._inputs[adapter] = inputs[0]
+        if self._taken != adapter:
+            self._inputs[adapter] = inputs[0]
 
     def _take_out(
         self,
@@ -221,14 +235,13 @@ class _HeldLayer:
         inputs: tuple[Tensor, ...],  # noqa: ARG002
         output: Tensor,
     ) -> Tensor:
-        kept = self._inputs.pop(adapter)
-        if self._within is not None and self._within[0] == adapter:
-            self._within = None
+        if self._taken == adapter:
+            self._taken = None
             return output
         self.entries = self.entries.to(output.device)
         # peft multiplies by the scaling afterwards, so the product is taken out unscaled.
         values = entries_of_product(_weight(up), _weight(down), self.entries)
-        return add_sparse_product(output, kept, values, self.entries, -1.0)
+        return add_sparse_product(output, self._inputs.pop(adapter), values, self.entries, -1.0)
 
 
 def _drops(dropout: nn.Module) -> bool:

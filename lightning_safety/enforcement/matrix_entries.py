@@ -26,7 +26,6 @@ class MatrixEntries:
 
     Attributes:
         shape: (out, in).
-        places: int64 [entries], flat (row-major).
         rows: int64 [used rows], sorted.
         columns: int64 [used columns], sorted.
         row_starts: int64 [out + 1]: where each row's entries begin.
@@ -39,7 +38,6 @@ class MatrixEntries:
     """
 
     shape: tuple[int, int]
-    places: Tensor
     rows: Tensor
     columns: Tensor
     row_starts: Tensor
@@ -76,7 +74,6 @@ class MatrixEntries:
             )
         return cls(
             shape=shape,
-            places=indices,
             rows=rows,
             columns=columns,
             row_starts=_starts(row, shape[0]),

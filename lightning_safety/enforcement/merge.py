@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_safety.enforcement.adapters import adapter_kind, selected_adapted_layers
 from lightning_safety.enforcement.entries import count_different_bits, gather_entries, scatter_entries
-from lightning_safety.enforcement.held_lora import check_held_by
+from lightning_safety.enforcement.held_lora import check_held_by, release_holders
 from lightning_safety.language.find import canonical_name
 from lightning_safety.language.quantized import is_quantized_weight
 from lightning_safety.scoring.mask import SafetyMask
@@ -84,6 +84,7 @@ def merge_held_adapter(model: PeftModel, mask: SafetyMask) -> PreTrainedModel:
         if entry.name in selected:
             indices = selected[entry.name].to(entry.weight.device)
             held.append((entry.weight, indices, gather_entries(entry.weight, indices)))
+    release_holders(model)
     merged: PreTrainedModel = model.merge_and_unload()
     for weight, indices, values in held:
         scatter_entries(weight, indices, values)

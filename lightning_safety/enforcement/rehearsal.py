@@ -13,7 +13,7 @@ from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.enforcement.processes import sum_of_products
 from lightning_safety.enforcement.rotation import Rotation
 from lightning_safety.enforcement.safety_gradient import safety_gradient
-from lightning_safety.scoring.objective import RefusalMargin, SafetyObjective
+from lightning_safety.scoring.objective import SafetyObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +118,7 @@ class Rehearsal:
         parameters: Sequence[Tensor],
         position: int,
         *,
+        beside: Sequence[Tensor] = (),
         gradient_scale: float = 1.0,
         loss_scale: float = 1.0,
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -128,6 +129,7 @@ class Rehearsal:
             model: A causal language model.
             parameters: What the next step of an optimizer changes.
             position: How many rehearsals there were before; says which examples are taken.
+            beside: What other optimizers change; its gradients are left as they are.
             gradient_scale: What the task's gradients are multiplied by, as by a gradient scaler not yet undone.
             loss_scale: What the safety loss is multiplied by for its way back through a model in half precision.
             forward_context: Makes what the safety loss is computed in, such as autocast.
@@ -139,7 +141,13 @@ class Rehearsal:
             raise RuntimeError("The rehearsal expected to have examples but has none yet. Call `prepare` before.")
         batch = self._rotation[position]
         found = safety_gradient(
-            model, parameters, self.objective, batch, scale=loss_scale, forward_context=forward_context
+            model,
+            parameters,
+            self.objective,
+            batch,
+            beside=beside,
+            scale=loss_scale,
+            forward_context=forward_context,
         )
         pairs = [(p, r) for p, r in zip(parameters, found.gradients, strict=True) if r is not None]
         if self.mode == "project":
@@ -162,7 +170,8 @@ def _project(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     # A parameter that the task leaves alone has a zero in g, and still takes part in r.
     with_task = [(parameter.grad, gradient) for parameter, gradient in pairs if parameter.grad is not None]
     product = sum_of_products([g for g, _ in with_task], [r for _, r in with_task])
-    if product >= 0:
+    # Not so either where the task's gradient is not finite: a gradient scaler drops that step.
+    if not product < 0:
         return False
     squared = sum_of_products([r for _, r in pairs], [r for _, r in pairs])
     _add(pairs, -product / squared)
@@ -186,8 +195,9 @@ def _check_objective(objective: object, mode: RehearsalMode) -> None:
             f"`objective` expected to be a SafetyObjective but got {type(objective).__name__}. Pass for instance"
             " `RefusalLikelihood(split='train')`."
         )
-    if isinstance(objective, RefusalMargin) and mode == "add":
+    if not objective.bounded and mode == "add":
         raise ValueError(
-            "`objective` expected to be a loss with a lower bound but got RefusalMargin, which training would drive"
-            " down without end. Pass `RefusalLikelihood()`, or `mode='project'`, which takes its direction only."
+            f"`objective` expected to be a loss with a lower bound but got {type(objective).__name__}, which training"
+            " would drive down without end. Pass one of likelihoods, such as `OwnReplies()`, or `mode='project'`, which"
+            " takes its direction only."
         )

@@ -40,6 +40,7 @@ def safety_gradient(
     objective: SafetyObjective,
     batch: ObjectiveBatch,
     *,
+    beside: Sequence[Tensor] = (),
     scale: float = 1.0,
     forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> SafetyGradient:
@@ -55,6 +56,7 @@ def safety_gradient(
         parameters: What the gradient is wanted for; need not be parameters of the model itself.
         objective: Minus its score is the safety loss.
         batch: What to take it on.
+        beside: What else hooks of the model's parameters may give gradients to: the vectors of other optimizers.
         scale: What the loss is multiplied by for its way back, so that half-precision gradients do not underflow. The
             result is divided by it. Where it makes them overflow, a smaller one is tried.
         forward_context: Makes what a loss is computed in, such as autocast.
@@ -64,7 +66,7 @@ def safety_gradient(
             sparse.
     """
     while True:
-        found = _attempt(model, parameters, objective, batch, scale, forward_context)
+        found = _attempt(model, parameters, objective, batch, beside, scale, forward_context)
         bad = _not_finite(found.gradients)
         if bad is None:
             break
@@ -87,14 +89,15 @@ def _attempt(
     parameters: Sequence[Tensor],
     objective: SafetyObjective,
     batch: ObjectiveBatch,
+    beside: Sequence[Tensor],
     scale: float,
     forward_context: Callable[[], AbstractContextManager[object]],
 ) -> SafetyGradient:
-    with _rehearsing_state(model), _gradients_put_aside([*model.parameters(), *parameters]):
+    with _rehearsing_state(model), _gradients_put_aside([*model.parameters(), *parameters, *beside]):
         with forward_context():
             loss = objective.loss(model, batch.to(next(model.parameters()).device))
         value = float(loss.detach())
-        if not math.isfinite(value):
+        if failed_anywhere([loss.detach().isfinite()])[0]:
             raise RuntimeError(
                 f"The safety loss of {type(objective).__name__} expected to be finite but is {value:g}. The step is not"
                 " taken. Check the model's weights, and train in float32 or bfloat16."

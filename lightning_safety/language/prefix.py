@@ -38,8 +38,8 @@ def compute_shared_prefix(
     """Run `model` once on the tokens that all rows begin with.
 
     Nothing is shared where that would change the result or cannot be done: one row, padding on the left, a short
-    prefix, dropout in training (every row draws its own), gradient checkpointing, or a model whose cache is more than
-    keys and values (state-space layers, sliding windows).
+    prefix, dropout in training (every row draws its own), gradient checkpointing, a model sharded by FSDP2, or one
+    whose cache is more than keys and values (state-space layers, sliding windows).
 
     Args:
         model: A causal language model. Differentiable unless the caller switched gradients off.
@@ -88,6 +88,9 @@ def _can_share(model: nn.Module) -> bool:
     if not hasattr(config, "to_dict") or getattr(config, "is_encoder_decoder", False):
         return False
     if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    # FSDP2 gathers the weights of a model when that itself is called, not its body.
+    if any(hasattr(module, "set_reshard_after_forward") for module in model.modules()):
         return False
     # State-space models, and layers that see only a window.
     if getattr(model, "_is_stateful", False) or getattr(config, "sliding_window", None) is not None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _JUDGED_TOKENS = 12
+_SPARE_TOKENS = 4
 _BATCH_SIZE = 32
 
 
@@ -58,7 +59,7 @@ class OwnReplies(SafetyObjective):
         split: str = "train",
         prompts: int = 48,
         answers_per_refusal: int = 2,
-        max_new_tokens: int = 16,
+        max_new_tokens: int = 12,
     ) -> None:
         self.harmful = harmful
         self.borderline = borderline
@@ -152,7 +153,8 @@ def keep_replies(
         ValueError: None is left.
     """
     prompts = [example.prompt for example in examples]
-    length = max(max_new_tokens, _JUDGED_TOKENS)
+    # A few more than count: the last one generated may be a part of a character.
+    length = max(max_new_tokens + _SPARE_TOKENS, _JUDGED_TOKENS)
     replies = generate_replies(model, tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH_SIZE)
     verdicts = KeywordRefusalJudge().score(prompts, replies)
     kept = [
@@ -164,8 +166,8 @@ def keep_replies(
     if not kept:
         raise ValueError(
             f"`{name}` expected prompts that the model {does} but it {does} none of {len(prompts)}, so that there is"
-            " nothing to keep. Make the model safe first (`SafetyEnhancementTuning`), or teach it written replies:"
-            " `objective=RefusalLikelihood(…)`."
+            f" nothing to keep. Give others that it {does}, make the model safe first (`SafetyEnhancementTuning`), or"
+            " rehearse written replies (`RefusalLikelihood`)."
         )
     if len(kept) < len(prompts) / 2:
         warnings.warn(

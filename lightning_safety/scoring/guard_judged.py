@@ -73,6 +73,8 @@ class GuardJudgedSafety(ExampleObjective):
             one of the tokenizers does not say which characters a token comes from.
     """
 
+    bounded = False
+
     def __init__(
         self,
         guard: GuardModel | str | os.PathLike[str],

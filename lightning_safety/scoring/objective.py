@@ -48,7 +48,12 @@ class SafetyObjective(ABC):
     To write one, give `batches` and `loss`, and `prepare` if it needs the model before. The score over all examples is
     the mean over examples: `loss` returns the mean over its own batch, and whoever adds batches up weighs them by
     `ObjectiveBatch.examples`.
+
+    Attributes:
+        bounded: Whether the loss has a lower bound, so that training on it comes to an end.
     """
+
+    bounded = True
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027 # most need nothing
         """Do what needs the model as it is before scoring, such as generating its replies. Called before `batches`."""
@@ -191,6 +196,8 @@ class RefusalMargin(ExampleObjective):
         ValueError: `opening` is blank, or `refusal_tokens` or `limit` is below 1. From `batches`, if there are no
             examples or one has no response.
     """
+
+    bounded = False
 
     def __init__(
         self,

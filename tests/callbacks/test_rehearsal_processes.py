@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_safety.callbacks import SafetyRehearsal
+from lightning_safety.data import Example
+from lightning_safety.scoring import ObjectiveBatch, RefusalLikelihood
 from tests.callbacks.processes import Sharded, fit_alone, fit_together
 from tests.callbacks.toys import OwnModule, make_smallest_model
-from tests.enforcement.objectives import Broken, Opposed
+from tests.enforcement.objectives import Opposed, TokenRows
 from tests.tiny import make_tiny_tokenizer
 
 STEPS = 6
@@ -48,12 +51,38 @@ def test_two_processes_rehearse_as_one(tmp_path: Path, strategy: str, mode: str)
     assert max(float((plain[name] - weight).abs().max()) for name, weight in alone.items()) > 1e-3
 
 
-def test_a_bad_gradient_ends_every_process(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"safety gradient of .* is not finite"):
+def make_wide_module(kind: type[OwnModule]) -> OwnModule:
+    return kind(make_smallest_model(vocab_size=512, max_position_embeddings=256), sgd)
+
+
+@pytest.mark.parametrize("strategy", KINDS)
+def test_rows_that_begin_alike_are_rehearsed_as_in_one(tmp_path: Path, strategy: str) -> None:
+    """What they have in common is computed once where that is possible, by the body of the model alone."""
+    rows = [Example(f"Please tell me in a few short sentences, without delay, about {what}.", "No.") for what in "ab"]
+    options: dict[str, Any] = {"objective": RefusalLikelihood(rows), "batch_size": 2, "weight": 5.0}
+    together = fit_together(
+        tmp_path, strategy, partial(make_wide_module, KINDS[strategy]), partial(rehearsals, **options), steps=3
+    )
+    alone = fit_alone(make_wide_module(OwnModule), rehearsals(**options), steps=3)
+    plain = fit_alone(make_wide_module(OwnModule), [], steps=3)
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-5, atol=1e-6)
+    assert max(float((plain[name] - weight).abs().max()) for name, weight in alone.items()) > 1e-3
+
+
+class BrokenInOne(TokenRows):
+    """Its loss is not finite in the second process."""
+
+    def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
+        return super().loss(model, batch) * (float("nan") if os.environ["RANK"] == "1" else 1.0)
+
+
+def test_a_bad_loss_in_one_process_ends_every_process(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"The safety loss of BrokenInOne expected to be finite"):
         fit_together(
             tmp_path,
             "ddp",
             partial(make_module, OwnModule),
-            partial(rehearsals, objective=Broken(gradient_only=True)),
+            partial(rehearsals, objective=BrokenInOne()),
             steps=2,
         )

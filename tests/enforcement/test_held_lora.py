@@ -153,6 +153,30 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     found = gradients_of(model)
     assert all(relative_distance(found[name], gradient) <= 1e-6 for name, gradient in expected.items())
+    # Recomputing stops before the last layer's end; what it left would not be copied.
+    again = gradients_of(copy.deepcopy(model))
+    assert all(torch.equal(again[name], gradient) for name, gradient in found.items())
+
+
+def test_an_input_that_a_hook_replaces_is_still_held() -> None:
+    model = make_adapted_model(trained=True)
+    mask = make_mask(model)
+    reference = copy.deepcopy(model)
+    hold_densely(reference, mask)
+    HeldLora(mask).attach(model, continued=True)
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+    found, expected = gradients_of(model), gradients_of(reference)
+    assert all(relative_distance(found[name], gradient) <= 1e-5 for name, gradient in expected.items())
+
+
+def test_what_inference_left_is_trained_with() -> None:
+    model = make_adapted_model(trained=True)
+    HeldLora(make_mask(model)).attach(model, continued=True)
+    with torch.inference_mode():
+        loss_of(model)
+    assert gradients_of(model)
 
 
 def test_autocast_keeps_the_dtype_of_the_layer() -> None:

@@ -56,6 +56,7 @@ def check_merge(model: Any, mask: SafetyMask) -> None:
     holder = HeldLora(mask).attach(model, continued=True)
     logits = model(TOKENS).logits
     merged = merge_held_adapter(model, mask)
+    assert not any("forward" in vars(module) for module in merged.modules())
     weights, plain = named_weights(merged), named_weights(expected)
     assert weights.keys() == plain.keys()
     for name, weight in weights.items():

@@ -113,3 +113,16 @@ def test_bad_gradients_are_refused_and_the_task_keeps_its_own(objective: TokenRo
         safety_gradient(model, list(model.parameters()), *all_rows(objective))
     assert all(torch.equal(weight.grad, torch.ones_like(weight)) for weight in model.parameters())
     assert model.training
+
+
+def test_vectors_of_other_optimizers_keep_their_gradients() -> None:
+    """Hooks of the model's parameters fill the vectors of all optimizers, whichever is about to step."""
+    model = make_smallest_model()
+    weights = list(model.parameters())
+    optimizers = [torch.optim.SGD(some, lr=0.1) for some in (weights[:5], weights[5:])]
+    with CompactTraining(mask_of_everything(model)).attach(model, optimizers):
+        TokenRows().loss(model, all_rows(TokenRows())[1]).backward()
+        mine, others = ([vector for group in each.param_groups for vector in group["params"]] for each in optimizers)
+        kept = [vector.grad.clone() for vector in others]
+        safety_gradient(model, mine, *all_rows(TokenRows()), beside=[*mine, *others], scale=1024.0)
+        assert all(torch.equal(vector.grad, gradient) for vector, gradient in zip(others, kept, strict=True))
