@@ -63,7 +63,7 @@ class SafetyRehearsal(pl.Callback):
             task's gradient would raise the safety loss is taken out (A-GEM).
         objective: The safety loss. Default: `OwnReplies`, what the model itself refuses and answers when the fit
             starts, which takes some seconds of generation.
-        weight: What the safety loss is multiplied by, with ``mode="add"``.
+        weight: What the safety loss is multiplied by, with ``mode="add"``. Default: 2.
         batch_size: Examples in one rehearsal.
         watch_every_n_steps: With ``every="adaptive"``, after how many optimizer steps the margin is looked at.
         tolerance: With ``every="adaptive"``, by how much the margin may fall below its start, in nats per token.
@@ -96,7 +96,7 @@ class SafetyRehearsal(pl.Callback):
         mode: RehearsalMode = "add",
         objective: SafetyObjective | None = None,
         *,
-        weight: float = 2.0,
+        weight: float | None = None,
         batch_size: int = 3,
         watch_every_n_steps: int = 10,
         tolerance: float = 0.1,

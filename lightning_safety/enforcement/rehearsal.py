@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RehearsalMode = Literal["add", "project"]
+# Of a loss per token, so that a few short replies count beside a batch of long ones.
+_WEIGHT = 2.0
 
 
 class Rehearsed(NamedTuple):
@@ -51,7 +53,7 @@ class Rehearsal:
         objective: A loss with a lower bound. It should hold what to refuse and what not to: rehearsing refusals alone,
             a model comes to refuse whatever looks harmful.
         mode: How the gradients are mixed.
-        weight: λ. With ``"project"`` it must be 1: the length of r cancels out.
+        weight: λ; None: 2. With ``"project"`` leave it out: the length of r cancels out.
         batch_size: Examples in one rehearsal.
         seed: Of the order in which the examples come round.
 
@@ -74,7 +76,7 @@ class Rehearsal:
         objective: SafetyObjective,
         *,
         mode: RehearsalMode = "add",
-        weight: float = 1.0,
+        weight: float | None = None,
         batch_size: int = 2,
         seed: int = 0,
     ) -> None:
@@ -178,7 +180,9 @@ def _project(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     return True
 
 
-def _checked_weight(weight: float, mode: RehearsalMode) -> float:
+def _checked_weight(weight: float | None, mode: RehearsalMode) -> float:
+    if weight is None:
+        return _WEIGHT if mode == "add" else 1.0
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise ValueError(f"`weight` expected to be a number of at least 0 but got {weight!r}. Pass for instance 1.0.")
     if mode == "project" and weight != 1:

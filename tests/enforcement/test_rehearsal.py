@@ -120,6 +120,11 @@ def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exceptio
         Rehearsal(**{"objective": TokenRows(), **options})
 
 
+def test_the_default_weight_is_for_adding() -> None:
+    assert Rehearsal(TokenRows()).weight == 2
+    assert Rehearsal(TokenRows(), mode="project").weight == 1
+
+
 def test_a_margin_may_say_where_to_project() -> None:
     assert Rehearsal(RefusalMargin(), mode="project").mode == "project"
 
