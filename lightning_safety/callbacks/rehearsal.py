@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_safety.callbacks.log import fill_callback_metrics
 from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
-from lightning_safety.callbacks.resume import ResumedRandomness, warn_of_loaders_that_start_over
+from lightning_safety.callbacks.resume import ResumedRandomness, check_state_version, warn_of_loaders_that_start_over
 from lightning_safety.callbacks.scaling import gradient_scales
 from lightning_safety.callbacks.strategies import check_strategy
 from lightning_safety.enforcement.optimizers import optimized_parameters
@@ -164,11 +164,7 @@ class SafetyRehearsal(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the fit starts; a checkpoint is also loaded for ``validate`` and ``test``."""
-        if state_dict.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"State of {type(self).__name__} expected to be version {_STATE_VERSION} but got"
-                f" {state_dict.get('version')!r}. Resume with the version of lightning-safety that saved it."
-            )
+        check_state_version(self, state_dict, _STATE_VERSION)
         self._restored = state_dict
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

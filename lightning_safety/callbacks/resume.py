@@ -37,6 +37,19 @@ class ResumedRandomness:
         self._state = None
 
 
+def check_state_version(callback: object, state: Mapping[str, Any], version: int) -> None:
+    """Refuse the state of a callback that another version of this package saved.
+
+    Raises:
+        ValueError: It is of another version.
+    """
+    if state.get("version") != version:
+        raise ValueError(
+            f"State of {type(callback).__name__} expected to be version {version} but got {state.get('version')!r}."
+            " Resume with the version of lightning-safety that saved it."
+        )
+
+
 def continues_epoch(trainer: pl.Trainer) -> bool:
     """Whether the next training batch is not the first of an epoch; for ``on_train_start``."""
     progress = trainer.fit_loop.epoch_loop.batch_progress

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_safety.callbacks.choice import GivenMask, Method, WeightChoice
 from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
-from lightning_safety.callbacks.resume import ResumedRandomness, warn_of_loaders_that_start_over
+from lightning_safety.callbacks.resume import ResumedRandomness, check_state_version, warn_of_loaders_that_start_over
 from lightning_safety.callbacks.strategies import check_strategy
 from lightning_safety.callbacks.together import check_together, held_fraction, number_of_weights
 from lightning_safety.language import find_language_model, find_tokenizer
@@ -126,11 +126,7 @@ class SelectedWeightsCallback(pl.Callback, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the fit starts; a checkpoint is also loaded for ``validate`` and ``test``."""
-        if state_dict.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"State of {type(self).__name__} expected to be version {_STATE_VERSION} but got"
-                f" {state_dict.get('version')!r}. Resume with the version of lightning-safety that saved it."
-            )
+        check_state_version(self, state_dict, _STATE_VERSION)
         self._restored = state_dict
 
     def state_dict(self) -> dict[str, Any]:
