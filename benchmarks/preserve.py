@@ -5,8 +5,8 @@ python benchmarks/preserve.py --arms '[plain, rehearsal]' --source safe --harmfu
 
 Full fine-tuning (or LoRA: `--lora true`) on the built-in `harmless` set in float32, batches of four, at a learning rate
 that stays. Both judges read replies of 24 tokens to the harmful prompts and to `borderline/test`, at each of the steps
-`--at`; perplexity is that of the written answers of `harmless/test`. One JSON file an arm; arms that have one are not
-run again. `safe` is a model made safe by the quickstart, `advbench.jsonl` a file of prompts.
+`--at`; perplexity is that of the written answers of `harmless/test`. One JSON file an arm, written at each of them; arms
+whose file is whole are not run again. `safe` is a model made safe by the quickstart, `advbench.jsonl` a file of prompts.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-
 class Evaluate(pl.Callback):
     """Evaluates at some steps, and keeps the time of training apart from that of evaluating."""
 
-    def __init__(self, harmful: list[Example], at: list[int]) -> None:
+    def __init__(self, harmful: list[Example], at: list[int], path: Path) -> None:
         self.harmful = harmful
         self.at = at
+        self.path = path
         self.found: list[dict[str, Any]] = []
         self._started = self._spent = 0.0
 
@@ -87,6 +88,9 @@ class Evaluate(pl.Callback):
                 "rehearsal": rehearsed[0] if rehearsed else {},
             }
         )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(self.path) as temporary:
+            temporary.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
         self._spent += time.perf_counter() - begun
 
 
@@ -115,13 +119,13 @@ def main(
     rows = read_prompts(harmful, "harmful", split="test", limit=prompts)[1]
     for arm in arms:
         path = output / f"{arm}.json"
-        if path.exists():
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))[-1]["step"] == max(at):
             continue
         pl.seed_everything(0, verbose=False)
         module = CausalLanguageModule(
             source, dtype="float32", learning_rate=learning_rate, schedule="constant", lora=LORA if lora else None
         )
-        evaluate = Evaluate(rows, at)
+        evaluate = Evaluate(rows, at, path)
         trainer = pl.Trainer(
             max_steps=max(at),
             max_epochs=-1,
@@ -133,9 +137,6 @@ def main(
             enable_model_summary=False,
         )
         trainer.fit(module, datamodule=InstructionDataModule("harmless", batch_size=4, max_length=512))
-        output.mkdir(parents=True, exist_ok=True)
-        with replace_atomically(path) as temporary:
-            temporary.write_text(json.dumps(evaluate.found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
