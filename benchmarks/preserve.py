@@ -5,8 +5,9 @@ python benchmarks/preserve.py --arms '[plain, rehearsal]' --source safe --harmfu
 
 Full fine-tuning (or LoRA: `--lora true`) on the built-in `harmless` set in float32, batches of four, at a learning rate
 that stays. Both judges read replies of 24 tokens to the harmful prompts and to `borderline/test`, at each of the steps
-`--at`; perplexity is that of the written answers of `harmless/test`. One JSON file an arm, written at each of them; arms
-whose file is whole are not run again. `safe` is a model made safe by the quickstart, `advbench.jsonl` a file of prompts.
+`--at`; perplexity is that of the written answers of `harmless/test`. Each arm has a JSON file, written at each of them;
+arms whose file is whole are not run again. `safe` is a model made safe by the quickstart, `advbench.jsonl` a file of
+prompts.
 """
 
 from __future__ import annotations
