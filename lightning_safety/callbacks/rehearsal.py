@@ -48,9 +48,8 @@ class SafetyRehearsal(pl.Callback):
     ``every="adaptive"`` ``rehearsal_margin`` (the last refusal margin that was looked at).
 
     A resumed fit goes on in the rotation where the checkpoint was saved; on a single device it ends with the bits of
-    one that was not interrupted. Runs on a single device, under DDP, and under
-    ``ModelParallelStrategy`` (FSDP2) with data parallelism; every process takes the same examples. With manual
-    optimization, your own clipping comes before.
+    one that was not interrupted. Runs on a single device, under DDP, and under ``ModelParallelStrategy`` (FSDP2) with
+    data parallelism; every process takes the same examples. With manual optimization, your own clipping comes before.
 
     Measure with `HarmfulnessMonitor` whether safety stays: what is rehearsed are single sentences, no attack that was
     made to get around them, and a fine-tuner who wants harm leaves the callback out.

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,11 +14,14 @@ from torch import Tensor, nn
 from lightning_safety.enforcement.gradients import dense_gradient
 from lightning_safety.enforcement.processes import average_over_processes, failed_anywhere, local_part
 from lightning_safety.language import canonical_name, evaluation_mode
+from lightning_safety.language.modes import uncompiled
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
 
 # By how much a loss is scaled down where its gradient overflows; a gradient scaler halves its scale, step by step.
 _BACK_OFF = 2.0**8
+# What is no parameter of the model trains in the place of some.
+_VECTOR = "the selected weights"
 
 
 class SafetyGradient(NamedTuple):
@@ -104,7 +106,8 @@ def _attempt(
             )
         if loss.requires_grad:
             torch.autograd.backward(loss * scale)
-        gradients = [dense_gradient(_name(model, parameter), parameter) for parameter in parameters]
+        names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+        gradients = [dense_gradient(names.get(id(parameter), _VECTOR), parameter) for parameter in parameters]
     for gradient in gradients:
         if gradient is not None and scale != 1:
             gradient.div_(scale)
@@ -114,13 +117,8 @@ def _attempt(
 
 @contextmanager
 def _rehearsing_state(model: nn.Module) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(preserved_random_state())
-        # The few lengths of the examples would each be compiled anew.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(evaluation_mode(model, use_cache=False))
+    # Compiled, the few lengths of the examples would each be compiled anew.
+    with torch.enable_grad(), preserved_random_state(), uncompiled(), evaluation_mode(model, use_cache=False):
         yield
 
 
@@ -153,4 +151,4 @@ def _is_finite(gradient: Tensor) -> Tensor:
 
 def _name(model: nn.Module, parameter: Tensor) -> str:
     names = (canonical_name(name) for name, other in model.named_parameters() if other is parameter)
-    return next((f"`{name}`" for name in names), "the selected weights")
+    return next((f"`{name}`" for name in names), _VECTOR)

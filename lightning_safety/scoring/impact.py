@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, get_args
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_safety.arguments import check_choice, check_positive
-from lightning_safety.language.modes import evaluation_mode
+from lightning_safety.language.modes import evaluation_mode, uncompiled
 from lightning_safety.language.quantized import (
     dequantized_weight,
     exact_inputs,
@@ -223,8 +222,7 @@ def _scoring_state(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterat
         stack.enter_context(torch.enable_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
-        # Compiled code would leave out the hooks that find gradients. Where nothing is compiled, the import is saved.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Compiled code would leave out the hooks that find gradients.
+        stack.enter_context(uncompiled())
         stack.enter_context(evaluation_mode(model, use_cache=False))
         yield
