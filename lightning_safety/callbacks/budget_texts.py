@@ -46,6 +46,11 @@ def what_bars_a_budget(trainer: pl.Trainer, metric: str, rolling_back: int) -> s
             f'`action="rollback"` expected the weights to stay as restored but {averaging[0]} replaces them by its'
             ' mean at the end of the fit. Leave it out, or pass `action="stop"`.'
         )
+    if rolling_back and any(getattr(callback, "rescore_every_n_steps", None) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return (
+            '`action="rollback"` expected weights that are held from the start on but `rescore_every_n_steps` lets the'
+            ' held ones change, and those held last would not be the restored ones. Pass `action="stop"`.'
+        )
     return None
 
 

@@ -20,6 +20,7 @@ from lightning_safety.language.quantized import weight_shape
 from lightning_safety.scoring import (
     MixtureLayout,
     ObjectiveBatch,
+    RefusalLikelihood,
     RefusalMargin,
     SafetyMask,
     SafetyObjective,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Method = Literal["top", "bottom", "random"]
+Minus = Literal["utility"]
 
 
 @dataclass
@@ -55,6 +57,7 @@ class WeightChoice:
     show_progress: bool
     granularity: Granularity = "weight"
     mixture: MixtureLayout | None = None
+    minus: Minus | SafetyObjective | None = None
 
     def __post_init__(self) -> None:
         self.fraction = check_fraction(self.fraction)
@@ -62,6 +65,7 @@ class WeightChoice:
         check_choice(self.method, "method", get_args(Method))
         check_choice(self.granularity, "granularity", get_args(Granularity))
         check_layout(self.mixture)
+        self._check_minus()
         if self.objective is not None and not isinstance(self.objective, SafetyObjective):
             raise TypeError(
                 f"`objective` expected to be a SafetyObjective but got {type(self.objective).__name__}."
@@ -69,7 +73,12 @@ class WeightChoice:
             )
 
     def mask(
-        self, model: nn.Module, find_tokenizer: Callable[[], PreTrainedTokenizerBase], *, quick: bool
+        self,
+        model: nn.Module,
+        find_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        *,
+        quick: bool,
+        number: int = 0,
     ) -> SafetyMask:
         """Choose weights of `model`.
 
@@ -77,6 +86,7 @@ class WeightChoice:
             model: The causal language model, on its device.
             find_tokenizer: Called where scores need a tokenizer.
             quick: Whether two prompts are enough, for a run that only tries everything once.
+            number: Which choice of a fit this is, from 0: a random one is drawn anew each time.
         """
         metadata = {"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
         if self.mixture is not None:
@@ -86,32 +96,69 @@ class WeightChoice:
             shapes: dict[str, Tensor] = {
                 name: torch.empty(weight_shape(w), device="meta") for name, w in weights.items()
             }
-            return self._select(model, shapes, metadata)
+            return self._select(model, shapes, metadata, seed=self.seed + number)
         objective = RefusalMargin() if self.objective is None else self.objective
-        scores = expected_safety_impact(
+        tokenizer = find_tokenizer()
+        subtracted = None
+        if self.minus is not None and self.method == "top":
+            other = RefusalLikelihood("harmless") if isinstance(self.minus, str) else self.minus
+            # First, and only its mask is kept: two sets of scores would take twice the memory.
+            subtracted = select_top(self._scores(model, other, tokenizer, quick), self.fraction)
+            metadata |= {f"minus_{key}": value for key, value in other.describe().items()}
+        scores = self._scores(model, objective, tokenizer, quick)
+        return self._select(model, scores, metadata | objective.describe(), subtracted=subtracted)
+
+    def _scores(
+        self, model: nn.Module, objective: SafetyObjective, tokenizer: PreTrainedTokenizerBase, quick: bool
+    ) -> dict[str, Tensor]:
+        return expected_safety_impact(
             model,
             TwoPrompts(objective) if quick else objective,
-            find_tokenizer(),
+            tokenizer,
             batch_size=self.batch_size,
             include=self.include,
             exclude=self.exclude,
             mixture=self.mixture,
             show_progress=self.show_progress,
         )
-        return self._select(model, scores, metadata | objective.describe())
 
-    def _select(self, model: nn.Module, scores: dict[str, Tensor], metadata: dict[str, str]) -> SafetyMask:
+    def _select(
+        self,
+        model: nn.Module,
+        scores: dict[str, Tensor],
+        metadata: dict[str, str],
+        *,
+        seed: int = 0,
+        subtracted: SafetyMask | None = None,
+    ) -> SafetyMask:
         if self.granularity == "neuron":
             if any(isinstance(module, Conv1D) for module in model.modules()):
                 raise ValueError(
                     "`granularity='neuron'` expected a model whose weights are stored [out, in] but"
                     f" {type(model).__name__} stores some the other way around (Conv1D). Use `granularity='weight'`."
                 )
-            return select_neurons(scores, self.fraction, method=self.method, seed=self.seed, metadata=metadata)
+            return select_neurons(scores, self.fraction, method=self.method, seed=seed, metadata=metadata)
         if self.method == "random":
-            return select_random(scores, self.fraction, self.seed, metadata=metadata)
-        select = select_top if self.method == "top" else select_bottom
-        return select(scores, self.fraction, metadata=metadata)
+            return select_random(scores, self.fraction, seed, metadata=metadata)
+        if self.method == "bottom":
+            return select_bottom(scores, self.fraction, metadata=metadata)
+        return select_top(scores, self.fraction, exclude=subtracted, metadata=metadata)
+
+    def _check_minus(self) -> None:
+        if self.minus is None:
+            return
+        if isinstance(self.minus, str):
+            check_choice(self.minus, "minus", get_args(Minus))
+        elif not isinstance(self.minus, SafetyObjective):
+            raise TypeError(
+                f"`minus` expected to be 'utility' or a SafetyObjective but got {type(self.minus).__name__}."
+                " Pass `minus='utility'`, or an instance, for instance `RefusalLikelihood('harmless')`."
+            )
+        if self.granularity != "weight":
+            raise ValueError(
+                "`minus` expected `granularity='weight'` beside it but got 'neuron': rows are not subtracted from rows."
+                " Leave one of the two out."
+            )
 
 
 class GivenMask:

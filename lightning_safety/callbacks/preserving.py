@@ -12,7 +12,9 @@ import pytorch_lightning as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_safety.callbacks.choice import Method, WeightChoice
+from lightning_safety.arguments import check_positive
+from lightning_safety.callbacks.choice import Method, Minus, WeightChoice
+from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.enforcement import HeldLora, WeightHolder
 from lightning_safety.enforcement.adapters import adapter_rows, has_adapters
@@ -42,6 +44,11 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
 
     What it promises is that these weights do not move. Measure whether safety stays, with `HarmfulnessMonitor`.
 
+    What is critical moves as a model trains. With `rescore_every_n_steps` the model is scored again after so many
+    optimizer steps: weights selected newly are held at their values of that moment, those selected no longer are let
+    go. Logged is then ``safety/mask_kept``, the share of the weights held until then that are held on; of two random
+    masks it would be `fraction`.
+
     Args:
         fraction: Fraction of the scored weights to hold, in (0, 1]. Without effect where `mask` is given.
         mask: The weights to hold: a mask or its file. None: choose them at the start of the fit. After that, the
@@ -58,7 +65,12 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         granularity: ``"weight"``: single weights. ``"neuron"``: whole rows of weights, by their mean score. Coarser,
             and free under LoRA: rows of B stay zero, and the adapter is an ordinary one for peft.
         mixture: Where the experts and routers of a mixture of experts are, if its family is not known.
-        save_mask: File to write the mask to at the start of the fit.
+        minus: Select no weight that is among the highest `fraction` by another score. ``"utility"``: the likelihood of
+            the written answers to the built-in `harmless` prompts; or an objective. As many weights are selected as
+            without. The controls ``"bottom"`` and ``"random"`` do not heed it.
+        rescore_every_n_steps: Choose anew after so many optimizer steps; a random choice is drawn anew. None: never.
+            Not with `mask`, adapters, or a `SafetyEnhancementTuning` beside.
+        save_mask: File to write the mask to at the start of the fit, and whenever it changes.
         show_progress: Whether a bar shows the scoring where it takes over two seconds.
 
     Raises:
@@ -94,16 +106,35 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         exclude: str | Sequence[str] | None = None,
         granularity: Granularity = "weight",
         mixture: MixtureLayout | None = None,
+        minus: Minus | SafetyObjective | None = None,
+        rescore_every_n_steps: int | None = None,
         save_mask: os.PathLike[str] | str | None = None,
         show_progress: bool = True,
     ) -> None:
         choice = WeightChoice(
-            fraction, objective, method, batch_size, seed, include, exclude, show_progress, granularity, mixture
+            fraction, objective, method, batch_size, seed, include, exclude, show_progress, granularity, mixture, minus
         )
+        if rescore_every_n_steps is not None:
+            check_positive(rescore_every_n_steps, "rescore_every_n_steps")
+            if mask is not None:
+                raise ValueError(
+                    "`rescore_every_n_steps` expected no `mask` beside it but got one: a mask that is given stays."
+                    " Leave one of the two out."
+                )
+        self.rescore_every_n_steps = rescore_every_n_steps
         super().__init__(choice, mask, tokenizer, language_model, save_mask)
         self._holders: list[WeightHolder] = []
         self._adapters: HeldLora | None = None
         self._batches = 0
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._chosen_at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mask, the step at which it was chosen, and the state of all random number generators."""
+        state = super().state_dict()
+        return state | {"chosen_at": self._chosen_at} if state else state
 
     def describe(self, count: str) -> str:
         """Return what happens to so many weights."""
@@ -118,6 +149,10 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
     ) -> int:
         """Hold the weights from here on."""
         self._batches = 0
+        if self.rescore_every_n_steps is not None:
+            _check_can_change(trainer, model)
+        if self._resumes and self._restored is not None:
+            self._chosen_at = self._restored.get("chosen_at", 0)
         self._holders = [WeightHolder(mask).attach(model, trainer.optimizers)]
         if not has_adapters(model):
             return self._holders[0].bytes
@@ -159,19 +194,50 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
 
     def on_train_batch_end(
         self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        pl_module: pl.LightningModule,  # noqa: ARG002
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         outputs: Any,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Look whether something moves the weights that no hook sees, such as an optimizer Lightning does not know.
+        """Choose anew if it is time, and look whether something moves the weights that no hook sees.
 
-        Ever more rarely: after the first batch, the second, the fourth, the eighth and so on.
+        Such as an optimizer that Lightning does not know. Ever more rarely: after the first batch, the second, the
+        fourth, the eighth and so on.
         """
         self._batches += 1
-        if self._batches & (self._batches - 1):
-            return
+        if not self._batches & (self._batches - 1):
+            self._check_nothing_moved()
+        if self._is_due(trainer):
+            self._check_nothing_moved()
+            self._choose_anew(trainer, pl_module)
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        # Several optimizers count several steps a batch. After the last step nothing is left to hold.
+        every, step = self.rescore_every_n_steps, trainer.global_step
+        return every is not None and step // every > self._chosen_at // every and not _is_last(trainer)
+
+    def _choose_anew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._model is not None
+        assert self._mask is not None
+        assert self.rescore_every_n_steps is not None
+        # What holds weights still also takes their gradients away, which the scores are made of.
+        self.release()
+        quick, before = not leaves_files(trainer), self._mask
+        self._chosen_at = trainer.global_step
+        self._mask = self.choice.mask(
+            self._model,
+            lambda: self._find_tokenizer(trainer),
+            quick=quick,
+            number=self._chosen_at // self.rescore_every_n_steps,
+        )
+        self._holders = [WeightHolder(self._mask).attach(self._model, trainer.optimizers)]
+        metrics = {"safety/mask_kept": before.overlap(self._mask) / before.count}
+        fill_callback_metrics(trainer, pl_module, metrics)
+        log_to_loggers(trainer, metrics)
+        self._write_mask(trainer)
+
+    def _check_nothing_moved(self) -> None:
         self._check_adapters()
         moved = self._verify()
         if moved:
@@ -199,3 +265,21 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
     def _check_adapters(self) -> None:
         if self._adapters is not None:
             self._adapters.check()
+
+
+def _is_last(trainer: pl.Trainer) -> bool:
+    return trainer.should_stop or trainer.global_step >= trainer.estimated_stepping_batches
+
+
+def _check_can_change(trainer: pl.Trainer, model: nn.Module) -> None:
+    """Refuse to choose anew where what is held cannot be let go."""
+    if has_adapters(model):
+        raise ValueError(
+            "`rescore_every_n_steps` expected a model without adapters but it has some (LoRA or alike): their effective"
+            " weights can be held only from where the adapters add nothing, the start of a fit. Leave it out."
+        )
+    if any(isinstance(callback, SelectedWeightsCallback) and callback.trains for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "`rescore_every_n_steps` expected no SafetyEnhancementTuning beside it but there is one, and a weight that"
+            " it trains might come to be held. Leave one of the two out."
+        )

@@ -92,6 +92,8 @@ class SelectedWeightsCallback(pl.Callback, ABC):
             chosen_by["seed"] = self.choice.seed
         if self.choice.granularity != "weight":
             chosen_by["granularity"] = self.choice.granularity
+        if self.choice.minus is not None:
+            chosen_by["minus"] = self.choice.minus if isinstance(self.choice.minus, str) else "objective"
         return self._generate_state_key(**chosen_by)
 
     @abstractmethod
@@ -152,8 +154,7 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         assert self._mask is not None
         memory = self.enforce(trainer, pl_module, self._model, self._mask)
         rank_zero_info(self._summary(self._model, self._mask, memory))
-        if self.save_mask is not None and leaves_files(trainer) and trainer.is_global_zero:
-            self._mask.save(self.save_mask)
+        self._write_mask(trainer)
         self._randomness.at_fit_start(self._restored["random"] if self._resumes and self._restored else None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -223,6 +224,11 @@ class SelectedWeightsCallback(pl.Callback, ABC):
             stacklevel=2,
         )
         return given
+
+    def _write_mask(self, trainer: pl.Trainer) -> None:
+        assert self._mask is not None
+        if self.save_mask is not None and leaves_files(trainer) and trainer.is_global_zero:
+            self._mask.save(self.save_mask)
 
     def _find_tokenizer(self, trainer: pl.Trainer) -> Any:
         datamodule = getattr(trainer, "datamodule", None)

@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).parents[2]
 STEPS = 40
 CALLBACKS = {
     "spa": SafetyPreservingAdaptation,
+    "rescored spa": partial(SafetyPreservingAdaptation, rescore_every_n_steps=5),
     "set": SafetyEnhancementTuning,
     "averaged set": partial(SafetyEnhancementTuning, average_last=STEPS - 2),
 }
@@ -81,6 +82,7 @@ def fit(
     [
         pytest.param("spa", False, id="spa, mask computed"),
         pytest.param("spa", True, id="spa, mask given"),
+        pytest.param("rescored spa", False, id="spa, mask computed again and again"),
         pytest.param("set", False, id="set, mask computed"),
         pytest.param("set", True, id="set, mask given"),
         pytest.param("averaged set", True, id="averaged set"),
