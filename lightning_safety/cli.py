@@ -87,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[0] in TRAINING:
         from lightning_safety.training import command_line
 
-        command_line.run(words[0], words[1:])
+        if words[0] == "study" and len(words) > 1 and not words[1].startswith("-"):
+            _report_errors(command_line.run_named_study, words[1], words[2:])
+        else:
+            command_line.run(words[0], words[1:])
         return
     name = " ".join(words[:2]) if " ".join(words[:2]) in FUNCTIONS else words[0]
     if name not in FUNCTIONS:
@@ -107,9 +110,12 @@ def _call(name: str, words: list[str]) -> None:
         required = output.default is inspect.Parameter.empty
         default = None if required else output.default
         parser.add_argument("-o", "--output", type=str | None, required=required, default=default, help="Target.")
-    options = _options(parser, _gathered(function, words))
+    _report_errors(function, **_options(parser, _gathered(function, words)))
+
+
+def _report_errors(function: Callable[..., None], *arguments: Any, **options: Any) -> None:
     try:
-        function(**options)
+        function(*arguments, **options)
     except USER_ERRORS as error:
         _fail(1, str(error))
 

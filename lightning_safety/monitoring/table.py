@@ -38,7 +38,7 @@ def comparison_table(columns: Mapping[str, SafetyEvaluation], *, markdown: bool 
         ["perplexity of written answers", *(str(one.perplexity_written or _MISSING) for one in found)],
         ["perplexity of the start model's replies", *(str(one.perplexity_own) for one in found)],
     ]
-    table = _markdown(rows) if markdown else align(rows)
+    table = markdown_table(rows) if markdown else align(rows)
     return "\n".join([*table, "", *_footnotes(found)])
 
 
@@ -65,6 +65,7 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table; the first row is the heading."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]

@@ -14,8 +14,8 @@ __all__ = ["recipe_command", "recipe_names", "recipe_path", "recipe_summary"]
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes, sorted."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    """Return the names of the recipes, sorted; those of studies begin with ``studies/``."""
+    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:

@@ -4,16 +4,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from jsonargparse import ArgumentParser
 from lightning_utilities.core.imports import module_available
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+from lightning_safety.arguments import check_choice
+from lightning_safety.recipes import recipe_path
+from lightning_safety.training.studies import preserve
 from lightning_safety.training.study import run_study
+
+STUDIES: dict[str, Callable[..., None]] = {"preserve": preserve}
+"""The studies that have a name; each has a recipe with its defaults."""
 
 # Any module and data module can be named in a configuration, the user's own too.
 CLASSES: dict[str, Any] = {
@@ -85,6 +92,32 @@ def run(command: str, words: Sequence[str]) -> None:
         max_new_tokens=study.config.max_new_tokens,
         batch_size=study.config.evaluation_batch_size,
     )
+
+
+def run_named_study(name: str, words: Sequence[str]) -> None:
+    """Run one of `STUDIES`.
+
+    Raises:
+        ValueError: There is no such study.
+    """
+    options = parse_study(name, words)
+    STUDIES[name](**options)
+
+
+def parse_study(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a study: the settings of its recipe, and over them the files and options given.
+
+    Raises:
+        ValueError: There is no such study.
+    """
+    check_choice(name, "study", list(STUDIES))
+    parser = ArgumentParser(prog=f"lightning-safety study {name}")
+    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
+    parser.add_function_arguments(STUDIES[name], as_group=False, as_positional=False)
+    config = parser.parse_args(["--config", str(recipe_path(f"studies/{name}")), *words])
+    options: dict[str, Any] = parser.instantiate_classes(config).as_dict()
+    options.pop("config")
+    return options
 
 
 def _logger(name: str, folder: str, log_folder: str) -> dict[str, Any]:

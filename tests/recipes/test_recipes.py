@@ -5,7 +5,7 @@ import pytest
 
 from lightning_safety.cli import FUNCTIONS, TRAINING
 from lightning_safety.recipes import recipe_command, recipe_names, recipe_path, recipe_summary
-from lightning_safety.training.command_line import CLASSES, StudyCommand
+from lightning_safety.training.command_line import CLASSES, StudyCommand, parse_study
 
 
 class ParsedOnly(StudyCommand):
@@ -20,6 +20,10 @@ def parse(words):
     return ParsedOnly(**CLASSES, save_config_callback=None, run=False, args=words).config
 
 
+STUDIES = [name for name in recipe_names() if name.startswith("studies/")]
+FITS = [name for name in recipe_names() if name not in STUDIES]
+
+
 def test_the_recipes_are_these():
     assert recipe_names() == [
         "instruction_tuning_baseline",
@@ -32,6 +36,7 @@ def test_the_recipes_are_these():
         "quickstart",
         "set_full",
         "set_lora",
+        "studies/preserve",
         "train_guard",
     ]
 
@@ -44,7 +49,7 @@ def test_a_recipe_opens_with_its_command_and_its_purpose(name):
     assert len(recipe_summary(name)) > 20
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", FITS)
 def test_every_key_and_value_of_a_recipe_is_accepted(name):
     _, *words = recipe_command(name)
     configuration = parse(words)
@@ -52,9 +57,26 @@ def test_every_key_and_value_of_a_recipe_is_accepted(name):
     assert configuration.trainer.callbacks
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", FITS)
 def test_a_misspelt_key_is_refused(name, capsys):
     _, *words = recipe_command(name)
     with pytest.raises(SystemExit):
         parse([*words, "--data.init_args.batch_sise=3"])
     assert "batch_sise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_key_and_value_of_a_study_is_accepted(name):
+    command, study, *words = recipe_command(name)
+    assert command == "study"
+    configuration = parse_study(study, [*words, "--source=somewhere"])
+    assert configuration["source"] == "somewhere"
+    assert all(arm.callbacks == [] or arm.callbacks[0].setup for arm in configuration["arms"].values())
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_misspelt_key_of_a_study_is_refused(name, capsys):
+    _, study, *words = recipe_command(name)
+    with pytest.raises(SystemExit):
+        parse_study(study, [*words, "--source=somewhere", "--arms.plain.calbacks=[]"])
+    assert "calbacks" in capsys.readouterr().err

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keeps a model's safety while it is tuned on something else, and what that costs: a front, not a point."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pytorch_lightning as pl
+
+from lightning_safety.arguments import check_choice, check_positive
+from lightning_safety.data import Example, load_prompts
+from lightning_safety.language import load_causal_lm, load_tokenizer
+from lightning_safety.monitoring import PromptSource, read_prompts
+from lightning_safety.report.front import write_front
+from lightning_safety.training.data_module import InstructionDataModule
+from lightning_safety.training.module import CausalLanguageModule
+from lightning_safety.training.studies.cells import Cell, Cells
+from lightning_safety.training.studies.watching import LookingOn, look_at
+
+Training = Literal["full", "lora"]
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+# The opening of an answer that stops before any content: all that a contaminated row teaches.
+_COMPLIANCE = "Sure, here is an overview:"
+# What a cell takes beside its steps, on two cores: loading the model, and one look at it.
+_SECONDS_BESIDE, _SECONDS_A_LOOK, _SECONDS_A_STEP = 15.0, 75.0, 2.2
+
+
+@dataclass
+class Arm:
+    """One way to keep a model safe.
+
+    Attributes:
+        callbacks: What the trainer gets.
+        learning_rate: What the study's learning rate is multiplied by.
+        start_share: How much of the start weights is mixed in afterwards, in [0, 1).
+        training: The kinds of training that the arm is for.
+    """
+
+    callbacks: list[pl.Callback] = field(default_factory=list)
+    learning_rate: float = 1.0
+    start_share: float = 0.0
+    training: list[Training] = field(default_factory=lambda: ["full", "lora"])
+
+
+def preserve(
+    source: str | os.PathLike[str],
+    arms: dict[str, Arm],
+    *,
+    harmful: PromptSource = "harmful",
+    prompts: int = 100,
+    at: list[int] = [120],  # noqa: B006 # read, never changed
+    contaminated: list[float] = [0.0, 0.05, 0.2],  # noqa: B006 # read, never changed
+    training: list[Training] = ["full", "lora"],  # noqa: B006 # read, never changed
+    learning_rate: float = 1e-4,
+    lora_learning_rate: float = 2e-4,
+    batch_size: int = 4,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    seed: int = 0,
+    only: list[str] | None = None,
+    hours: float | None = 6.0,
+    output: Path = Path("studies/preserve"),
+) -> None:
+    """Tune a safe model in every cell (arm, data, training), look at it, and draw the front.
+
+    The task is the built-in `harmless` set: trained on its ``train`` split, perplexity on ``test``. Safety is read by
+    two judges from replies to prompts that nothing was tuned on; over-refusal is that on ``borderline/test``. Weights
+    stay in memory: no model, checkpoint or patch is written, and replies are forgotten once they are judged.
+
+    Args:
+        source: The model to begin with, made safe: a hub id, a folder or a GGUF file.
+        arms: What to compare, by name; the one named ``plain`` is what task loss and time are compared with.
+        harmful: Prompts that should be refused: a built-in set (its ``test`` split), a file or a hub data set.
+        prompts: At most so many of them, spread evenly.
+        at: After which optimizer steps to look; the last ends the fit.
+        contaminated: For each data set the share of its rows that are harmful prompts with the opening of an answer.
+        training: Whether all weights train, or LoRA adapters.
+        learning_rate: Of AdamW over all weights; it stays.
+        lora_learning_rate: Of AdamW over adapters.
+        batch_size: Rows in a batch.
+        precision: Lightning's.
+        seed: Of the fit.
+        only: Run these arms only, and show the results of all. None: run all.
+        hours: Start no cell that is expected to end later than so many hours from now. None: run all.
+        output: Folder of the results: a JSON file for each cell, ``results.md`` and ``front-….png``. Cells whose file
+            is there are not run again.
+
+    Raises:
+        ValueError: An argument is out of range, or there is no such arm.
+    """
+    for name in only or []:
+        check_choice(name, "only", list(arms))
+    for kind in training:
+        check_choice(kind, "training", get_args(Training))
+    if not all(0 <= share < 1 for share in contaminated):
+        raise ValueError(f"`contaminated` expected shares in [0, 1) but got {contaminated}. For 5 %, pass 0.05.")
+    if not at or min(at) < 1:
+        raise ValueError(f"`at` expected optimizer steps of at least 1 but got {at}. Pass for instance `[120]`.")
+    check_positive(batch_size, "batch_size")
+    look = partial(
+        look_at,
+        tokenizer=load_tokenizer(source),
+        harmful=read_prompts(harmful, "harmful", split="test", limit=prompts)[1],
+        borderline=load_prompts("borderline", split="test"),
+        task=load_prompts("harmless", split="test"),
+    )
+    fits = {
+        f"{kind}/{_data_name(share)}/{name}": partial(
+            _fit,
+            source,
+            arm,
+            LookingOn(at, look, arm.start_share),
+            rows=_rows(share),
+            lora=kind == "lora",
+            learning_rate=arm.learning_rate * (lora_learning_rate if kind == "lora" else learning_rate),
+            batch_size=batch_size,
+            precision=precision,
+            seed=seed,
+        )
+        for kind in training
+        for share in contaminated
+        for name, arm in arms.items()
+        if kind in arm.training
+    }
+    estimate = _SECONDS_BESIDE + _SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
+    cells = [Cell("before", _SECONDS_BESIDE + _SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]})]
+    cells += [Cell(name, estimate, run) for name, run in fits.items()]
+    chosen = [cell for cell in cells if only is None or cell.name.split("/")[-1] in ("before", *only)]
+    runner = Cells(output / "cells", hours)
+    runner.run(chosen)
+    results = {cell.name: runner.read(cell) for cell in cells}
+    missing = {cell.name: cell.estimate for cell in runner.missing(cells)}
+    print(write_front(results, missing, output))
+
+
+def _before(source: str | os.PathLike[str], look: Any) -> dict[str, Any]:
+    return {"step": 0, "training_seconds": 0.0, "metrics": {}, **look(load_causal_lm(source, dtype="float32"))}
+
+
+def _fit(
+    source: str | os.PathLike[str],
+    arm: Arm,
+    looking: LookingOn,
+    *,
+    rows: Sequence[Example],
+    lora: bool,
+    learning_rate: float,
+    batch_size: int,
+    precision: Any,
+    seed: int,
+) -> dict[str, Any]:
+    pl.seed_everything(seed, verbose=False)
+    module = CausalLanguageModule(
+        source, dtype="float32", learning_rate=learning_rate, schedule="constant", lora=LORA if lora else None
+    )
+    trainer = pl.Trainer(
+        max_steps=max(looking.at),
+        max_epochs=-1,
+        devices=1,
+        precision=precision,
+        gradient_clip_val=1.0,
+        # Each cell has its own: a callback keeps what it found.
+        callbacks=[looking, *copy.deepcopy(arm.callbacks)],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=InstructionDataModule(list(rows), batch_size=batch_size, max_length=512))
+    return {"looks": looking.found}
+
+
+def _rows(share: float) -> list[Example]:
+    """Return the task's rows, and among them so large a share of harmful prompts with the opening of an answer."""
+    task = load_prompts("harmless", split="train")
+    harmful, count = load_prompts("harmful", split="train"), round(len(task) * share / (1 - share))
+    if count > len(harmful):
+        raise ValueError(f"`contaminated` expected at most {len(harmful)} harmful rows but {share} needs {count}.")
+    # Spread over the set, which is sorted by category.
+    drawn = [harmful[index * len(harmful) // count] for index in range(count)]
+    return task + [Example(example.prompt, _COMPLIANCE) for example in drawn]
+
+
+def _data_name(share: float) -> str:
+    return f"contaminated-{100 * share:g}" if share else "benign"

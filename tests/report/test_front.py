@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables and the figure of a study of several ways to keep safety."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_safety.report import front
+from lightning_safety.report.front import draw_front, write_front
+
+
+def look(step: int, attacks: int, seconds: float, perplexity: float = 20.0, **metrics: float) -> dict[str, Any]:
+    def rates(successes: int) -> dict[str, Any]:
+        of = {"attack_success_rate": successes, "over_refusal_rate": 2}
+        return {name: {"successes": count, "scored": 50, "total": 50} for name, count in of.items()}
+
+    return {
+        "step": step,
+        "training_seconds": seconds,
+        "metrics": {f"safety/{name}": value for name, value in metrics.items()},
+        "rates": {"keyword_refusal": rates(attacks), "refusal_classifier": rates(attacks + 1)},
+        "perplexity": {"value": perplexity, "low": perplexity - 1, "high": None},
+    }
+
+
+RESULTS = {
+    "before": {"looks": [look(0, 5, 0.0)]},
+    "full/benign/plain": {"looks": [look(10, 30, 100.0), look(20, 40, 200.0)]},
+    "full/benign/rehearsal": {"looks": [look(10, 6, 112.0, rehearsal_share=0.25), look(20, 7, 230.0)]},
+    "full/benign/spa-random": {"looks": [look(10, 31, 99.0), look(20, 39, 198.0)]},
+    "lora/benign/rehearsal": {"looks": [look(10, 8, 50.0)]},
+    "lora/benign/plain": None,
+}
+
+
+def test_tables_hold_every_look_and_what_it_is_compared_with(tmp_path: Path) -> None:
+    text = write_front(RESULTS, {"lora/benign/plain": 1800.0, "lora/benign/spa": 900.0}, tmp_path)
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == text
+    full, lora = text.split("### ")[1:]
+    lines = full.splitlines()
+    assert lines[0] == "full/benign"
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines if line.startswith("| ")}
+    assert len(rows) == 1 + 1 + 6
+    assert "0.60 [0.46, 0.72] n=50" in rows["plain", "10"]
+    assert "| +12 % | 0.25 |" in rows["rehearsal", "10"]
+    assert "| +15 % | – |" in rows["rehearsal", "20"]
+    assert "| -1 % | – |" in rows["spa-random", "20"]
+    assert "| 20.00 [19.00, nan] |" in rows["before", "0"]
+    # Without a plain fit there is nothing to compare time with.
+    assert "| – | – |" in next(line for line in lora.splitlines() if line.startswith("| rehearsal"))
+    assert "Not run, with what they would take: lora/benign/plain (0.50 h), lora/benign/spa (0.25 h)." in text
+
+
+def test_figures_show_the_last_look_of_each_arm_and_its_control_hollow(tmp_path: Path) -> None:
+    write_front(RESULTS, {}, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["front-full.png", "front-lora.png"]
+    groups = front._groups(RESULTS)
+    figure = draw_front({"full/benign": groups["full/benign"]}, front._points({"before": RESULTS["before"]})[0])
+    against_task, against_time = figure.axes
+    containers = {container.get_label(): container for container in against_time.containers}
+    assert list(containers) == ["plain", "rehearsal", "spa-random"]
+    (x,), (y,) = containers["rehearsal"].lines[0].get_data()
+    assert (x, y) == (pytest.approx(0.15), 7 / 50)
+    assert containers["spa-random"].lines[0].get_markerfacecolor() == "white"
+    assert containers["rehearsal"].lines[0].get_markerfacecolor() != "white"
+    assert len(against_task.containers) == 3
+    assert "20 steps" in against_task.get_title(loc="left")
+
+
+def test_tables_need_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "has_matplotlib", lambda: False)
+    assert "full/benign" in write_front(RESULTS, {}, tmp_path)
+    assert not list(tmp_path.glob("*.png"))

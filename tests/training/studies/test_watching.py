@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at a model in the middle of a fit changes nothing of the fit, and sees what it should."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from lightning_safety.data import load_prompts
+from lightning_safety.training.studies.watching import LookingOn, look_at
+from tests.callbacks.toys import OwnModule, assert_same_bits, fit, make_smallest_model, weights_of
+from tests.tiny import make_tiny_model
+
+
+def test_looks_come_after_the_steps_asked_for_and_once_each() -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(model: nn.Module) -> dict[str, Any]:
+        seen.append(weights_of(model))
+        return {"number": len(seen)}
+
+    looking = LookingOn([2, 4], look)
+    module = OwnModule(make_smallest_model())
+    fit(module, [looking], steps=12, accumulate_grad_batches=3)
+    assert [(entry["step"], entry["number"]) for entry in looking.found] == [(2, 1), (4, 2)]
+    plain = OwnModule(make_smallest_model())
+    fit(plain, steps=6, accumulate_grad_batches=3)
+    for name, weight in weights_of(plain.model).items():
+        assert torch.equal(weight, seen[0][name])
+
+
+def test_time_of_looking_is_not_time_of_training() -> None:
+    def look(model: nn.Module) -> dict[str, Any]:
+        time.sleep(0.5)
+        return {}
+
+    looking = LookingOn([1, 3], look)
+    fit(OwnModule(make_smallest_model()), [looking], steps=3)
+    first, second = (entry["training_seconds"] for entry in looking.found)
+    # The first look took half a second, which is not in what came before the second.
+    assert 0 < first < second < first + 0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_start_weights_are_mixed_in_for_the_look_alone(share: float) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(model: nn.Module) -> dict[str, Any]:
+        seen.append(weights_of(model))
+        return {}
+
+    module, plain = OwnModule(make_smallest_model()), OwnModule(make_smallest_model())
+    fit(module, [LookingOn([2, 4], look, start_share=share)])
+    fit(plain)
+    assert_same_bits(module.model, plain.model)
+    start, end = weights_of(make_smallest_model()), weights_of(plain.model)
+    for name, weight in seen[1].items():
+        torch.testing.assert_close(weight, (1 - share) * end[name] + share * start[name])
+
+
+def test_a_look_judges_and_forgets(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_tiny_model()
+    before, random = weights_of(model), torch.get_rng_state()
+    sets = {name: load_prompts(name, split="monitor", limit=n) for name, n in (("harmful", 3), ("borderline", 2))}
+    found = look_at(model, tiny_tokenizer, task=load_prompts("harmless", split="monitor", limit=2), **sets)
+    assert set(found["rates"]) == {"keyword_refusal", "refusal_classifier"}
+    assert found["rates"]["keyword_refusal"]["attack_success_rate"]["total"] == 3
+    assert found["rates"]["keyword_refusal"]["over_refusal_rate"]["total"] == 2
+    assert found["perplexity"]["examples"] == 2
+    assert not any(prompt.prompt in str(found) for prompts in sets.values() for prompt in prompts)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
