@@ -18,7 +18,7 @@ from lightning_safety.monitoring import OwnReplies, refusal_margin
 
 ROUNDS = 9
 BATCH, LENGTH = 4, 128
-WATCHED = 16
+WATCHED = 8
 
 
 def main() -> None:

@@ -149,6 +149,10 @@ def test_a_study_writes_one_run_folder_with_its_control(model_folder, tmp_path, 
         assert f"safety/attack_success_rate/{judge}" in header
     written = {entry.name for entry in output.iterdir()}
     assert {"results.json", "mask.safetensors", "mask.png", "patch.safetensors", "log", "log-random-mask"} <= written
+    assert {"random-mask.safetensors", "random-mask.png", "random-patch.safetensors"} <= written
+    scored, drawn = (SafetyMask.load(output / f"{of}mask.safetensors") for of in ("", "random-"))
+    assert scored.count == drawn.count
+    assert scored != drawn
     shown = capsys.readouterr().out
     assert (
         shown.rstrip()

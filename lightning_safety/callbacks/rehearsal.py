@@ -100,7 +100,7 @@ class SafetyRehearsal(pl.Callback):
         watch_every_n_steps: int = 10,
         tolerance: float = 0.1,
         watch: PromptSource = "harmful",
-        watch_prompts: int = 16,
+        watch_prompts: int = 8,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         language_model: str | None = None,
         seed: int = 0,

@@ -41,7 +41,8 @@ class OwnReplies(SafetyObjective):
         borderline: Harmless prompts that look harmful.
         split: The split of built-in sets.
         prompts: At most so many harmful prompts, spread evenly over the set, and `answers_per_refusal` times as many
-            borderline ones.
+            borderline ones. Too few are learned by heart in a long fit, and then keep nothing else: have about as many
+            as there will be rehearsals.
         answers_per_refusal: How many answers are kept for each refusal. Refusals are alike and answers are not: with as
             many of each, a model comes to refuse more.
         max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones.
@@ -57,7 +58,7 @@ class OwnReplies(SafetyObjective):
         borderline: PromptSource = "borderline",
         *,
         split: str = "train",
-        prompts: int = 48,
+        prompts: int = 128,
         answers_per_refusal: int = 2,
         max_new_tokens: int = 12,
     ) -> None:

@@ -65,8 +65,7 @@ def write_front(results: Mapping[str, Any], missing: Mapping[str, float], output
     before = _points({"before": results["before"]})[0] if results.get("before") else None
     parts = [_table(title, points, before) for title, points in groups.items()]
     if missing:
-        listed = ", ".join(f"{name} ({seconds / 3600:.2f} h)" for name, seconds in missing.items())
-        parts.append(f"Not run, with what they would take: {listed}.")
+        parts.append(_not_run(missing))
     text = "\n\n".join(parts) + "\n"
     with replace_atomically(Path(output) / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -165,6 +164,17 @@ def _read_rates(rates: Mapping[str, Any]) -> dict[str, Rate]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _not_run(missing: Mapping[str, float]) -> str:
+    arms: dict[str, list[str]] = {}
+    hours: dict[str, float] = {}
+    for name, seconds in missing.items():
+        title, _, arm = name.rpartition("/")
+        arms.setdefault(title, []).append(arm)
+        hours[title] = hours.get(title, 0.0) + seconds / 3600
+    lines = [f"- {title}: {', '.join(names)} ({hours[title]:.2f} h)" for title, names in arms.items()]
+    return "\n".join(["Not run, with the hours they would take:", "", *lines])
 
 
 def _table(title: str, points: Sequence[Point], before: Point | None) -> str:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 from jsonargparse import ArgumentParser
@@ -16,6 +16,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_safety.arguments import check_choice
 from lightning_safety.recipes import recipe_path
+from lightning_safety.training.precision import fast_precision
 from lightning_safety.training.studies import preserve
 from lightning_safety.training.study import run_study
 
@@ -40,6 +41,12 @@ class StudyCommand(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the study itself."""
+        parser.add_argument(
+            "--bfloat16",
+            type=Literal["auto", "never"],
+            default="never",
+            help="auto: without --trainer.precision, fit under bfloat16 autocast where the processor computes in it.",
+        )
         parser.add_argument("--control", action="store_true", help="Fit again with a random mask of the same size.")
         parser.add_argument("--output", type=str | None, help="The run folder. Default: runs/<name>-<date>-<time>.")
         parser.add_argument("--limit", type=int | None, help="At most so many prompts of each set.")
@@ -47,8 +54,11 @@ class StudyCommand(LightningCLI):
         parser.add_argument("--evaluation_batch_size", type=int, default=32, help="Replies generated at a time.")
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run folder and send Lightning's loggers there."""
+        """Choose precision and run folder, and send Lightning's loggers there."""
         config = self.config
+        if config.bfloat16 == "auto" and config.trainer.precision is None:
+            config.trainer.precision = fast_precision()
+            print(f"Precision of the fit: {config.trainer.precision}", flush=True)
         if config.output is None:
             name = Path(str(config.config[0])).stem if config.config else "study"
             config.output = str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")

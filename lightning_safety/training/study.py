@@ -37,7 +37,8 @@ def run_study(
     """Evaluate, fit and evaluate again on the built-in ``test`` splits, and write one run folder.
 
     The folder holds ``results.json``, the replies (readable by their owner alone), Lightning's logs and, for each
-    callback that chooses weights, ``mask.safetensors``, its heat map and, after SET, ``patch.safetensors``.
+    callback that chooses weights, ``mask.safetensors``, its heat map and, after SET, ``patch.safetensors``; those of
+    the control begin with ``random-``.
 
     Args:
         experiment: Trainer, module and data; a callback of ours among the trainer's decides what is held or trained.
@@ -74,6 +75,7 @@ def run_study(
             callback.method = "random"
         control.trainer.fit(control.model, datamodule=control.datamodule)
         columns["random mask"] = _evaluate(control, settings)
+        _save_weights(_weight_callbacks(control.trainer), output, "random-")
     _write_results(columns, output)
     print("\n\n".join([comparison_table(columns), *_describe_weights(callbacks), _next_step(source, output)]))
     return columns
@@ -89,15 +91,15 @@ def _evaluate(experiment: Experiment, settings: dict[str, Any]) -> SafetyEvaluat
     return evaluate_safety(model, tokenizer, split="test", **settings)
 
 
-def _save_weights(callbacks: list[SelectedWeightsCallback], output: Path) -> None:
+def _save_weights(callbacks: list[SelectedWeightsCallback], output: Path, prefix: str = "") -> None:
     for number, callback in enumerate(callbacks):
         # One callback is the rule; names must not collide where there are two.
         suffix = f"-{number + 1}" if len(callbacks) > 1 else ""
         if callback.mask is not None:
-            callback.mask.save(output / f"mask{suffix}.safetensors")
-            callback.mask.describe().heatmap(output / f"mask{suffix}.png")
+            callback.mask.save(output / f"{prefix}mask{suffix}.safetensors")
+            callback.mask.describe().heatmap(output / f"{prefix}mask{suffix}.png")
         if isinstance(callback, SafetyEnhancementTuning) and callback.patch is not None:
-            callback.patch.save(output / f"patch{suffix}.safetensors")
+            callback.patch.save(output / f"{prefix}patch{suffix}.safetensors")
 
 
 def _write_results(columns: dict[str, SafetyEvaluation], output: Path) -> None:

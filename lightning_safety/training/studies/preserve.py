@@ -20,6 +20,7 @@ from lightning_safety.monitoring import PromptSource, read_prompts
 from lightning_safety.report.front import write_front
 from lightning_safety.training.data_module import InstructionDataModule
 from lightning_safety.training.module import CausalLanguageModule
+from lightning_safety.training.precision import Precision
 from lightning_safety.training.studies.cells import Cell, Cells
 from lightning_safety.training.studies.watching import LookingOn, look_at
 
@@ -60,7 +61,7 @@ def preserve(
     learning_rate: float = 1e-4,
     lora_learning_rate: float = 2e-4,
     batch_size: int = 4,
-    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    precision: Precision = "32-true",
     seed: int = 0,
     only: list[str] | None = None,
     hours: float | None = 6.0,

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which precision a fit is fast on the machine at hand."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["32-true", "bf16-mixed"]
+_CPU_CAPABILITIES = ("avx512_bf16", "amx_bf16")
+
+
+def computes_in_bfloat16() -> bool:
+    """Return whether the machine multiplies bfloat16 numbers itself; elsewhere that is far slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older torch does not tell.
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(name, False) for name in _CPU_CAPABILITIES)
+
+
+def fast_precision() -> Precision:
+    """Return the precision for a trainer on this machine: float32 weights, and products in bfloat16 if it has them."""
+    return "bf16-mixed" if computes_in_bfloat16() else "32-true"
