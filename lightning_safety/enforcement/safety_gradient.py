@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -136,17 +135,21 @@ def _gradients_put_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _not_finite(gradients: Sequence[Tensor | None]) -> int | None:
-    """Return the place of the first gradient that is not finite in any process; one question for all of them."""
-    places = [place for place, gradient in enumerate(gradients) if gradient is not None]
-    answers = [_is_finite(local_part(gradient)) for gradient in gradients if gradient is not None]
-    failed = failed_anywhere(answers)
-    return next((place for place, wrong in zip(places, failed, strict=True) if wrong), None)
+    """Return the place of the first gradient that is not finite in any process."""
+    local = {place: local_part(gradient) for place, gradient in enumerate(gradients) if gradient is not None}
+    # Of what is not finite the norm is not finite either, and it takes a tenth of the time of looking at every entry.
+    suspects = _failing(local, lambda gradient: torch.linalg.vector_norm(gradient).isfinite())
+    if not suspects:
+        return None
+    # The squares of large entries may overflow. Every process suspects the same.
+    failing = _failing({place: local[place] for place in suspects}, lambda gradient: gradient.isfinite().all())
+    return failing[0] if failing else None
 
 
-def _is_finite(gradient: Tensor) -> Tensor:
-    # Of what is not finite the largest is not finite either, and found in one pass, not five. Some shards are empty.
-    largest = torch.linalg.vector_norm(gradient, math.inf) if gradient.numel() else gradient.new_zeros(())
-    return largest.isfinite()
+def _failing(gradients: Mapping[int, Tensor], passes: Callable[[Tensor], Tensor]) -> list[int]:
+    """Return the places of those that do not pass in every process; one question for all of them."""
+    failed = failed_anywhere([passes(gradient) for gradient in gradients.values()])
+    return [place for place, wrong in zip(gradients, failed, strict=True) if wrong]
 
 
 def _name(model: nn.Module, parameter: Tensor) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -14,10 +15,10 @@ _CPU_CAPABILITIES = ("avx512_bf16", "amx_bf16")
 def computes_in_bfloat16() -> bool:
     """Return whether the machine multiplies bfloat16 numbers itself; elsewhere that is far slower than float32."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Older torch does not tell.
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(name, False) for name in _CPU_CAPABILITIES)
+    found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(bool(found.get(name)) for name in _CPU_CAPABILITIES)
 
 
 def fast_precision() -> Precision:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_safety.enforcement import WeightHolder
 from lightning_safety.enforcement.compact import CompactTraining
-from lightning_safety.enforcement.safety_gradient import safety_gradient
+from lightning_safety.enforcement.safety_gradient import _not_finite, safety_gradient
 from lightning_safety.scoring import ObjectiveBatch, SafetyObjective
 from tests.callbacks.toys import make_smallest_model, mask_of_everything
 from tests.enforcement.objectives import Broken, Elsewhere, TokenRows
@@ -113,6 +113,15 @@ def test_bad_gradients_are_refused_and_the_task_keeps_its_own(objective: TokenRo
         safety_gradient(model, list(model.parameters()), *all_rows(objective))
     assert all(torch.equal(weight.grad, torch.ones_like(weight)) for weight in model.parameters())
     assert model.training
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_the_first_gradient_that_is_not_finite_is_found(bad: float) -> None:
+    """Also among finite ones whose squares overflow, and none is found where all are finite."""
+    large = torch.full((4,), 3e38)
+    assert torch.linalg.vector_norm(large).isinf()
+    assert _not_finite([torch.ones(3), large, None, torch.empty(0)]) is None
+    assert _not_finite([torch.ones(3), large, None, torch.tensor([1.0, bad]), torch.tensor([bad])]) == 3
 
 
 def test_vectors_of_other_optimizers_keep_their_gradients() -> None:
