@@ -23,6 +23,7 @@ from lightning_safety.language.quantized import (
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.experts import unscore_unreached
+from lightning_safety.scoring.finite import has_finite_norm, is_finite
 from lightning_safety.scoring.layer_gradients import WeightGradients
 from lightning_safety.scoring.mixture import MixtureLayout, find_mixture
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
@@ -169,9 +170,8 @@ def _mean_gradients(
     examples = 0  # of the present batch
 
     def add(name: str, gradient: Tensor) -> None:
-        # The largest absolute entry is NaN or infinite if any is, and needs no copy.
-        finite[name] = torch.linalg.vector_norm(gradient, ord=torch.inf).isfinite()
-        sums[name].add_(gradient.abs() if absolute else gradient, alpha=examples)
+        # What is not finite stays so in the sum, which is there to be looked at again.
+        finite[name] = has_finite_norm(sums[name].add_(gradient.abs() if absolute else gradient, alpha=examples))
 
     with exact_inputs(model), WeightGradients(model, weights, add) as gradients:
         for number, batch in enumerate(track(batches, "Scoring weights", enabled=show_progress), start=1):
@@ -186,7 +186,7 @@ def _mean_gradients(
             _check_loss(loss, place)
             finite.clear()
             gradients.backward(loss)
-            _check_gradients(finite, loss, place)
+            _check_gradients(finite, sums, loss, place)
     if not any(bool(total.any()) for total in sums.values()):
         raise RuntimeError("The gradient of `objective` is zero for every weight: there is nothing to rank them by.")
     total_examples = sum(batch.examples for batch in batches)
@@ -202,11 +202,11 @@ def _check_loss(loss: Tensor, place: str) -> None:
         )
 
 
-def _check_gradients(finite: dict[str, Tensor], loss: Tensor, place: str) -> None:
-    """Refuse a batch in which a gradient, by name, is not finite. One question to the device for all of them."""
+def _check_gradients(finite: dict[str, Tensor], sums: dict[str, Tensor], loss: Tensor, place: str) -> None:
+    """Refuse a batch after which a sum, by name, is not finite. One question to the device for all norms."""
     answers = torch.stack([answer.to(loss.device) for answer in finite.values()]).tolist() if finite else []
     for name, answer in zip(finite, answers, strict=True):
-        if not answer:
+        if not answer and not is_finite(sums[name]):
             raise RuntimeError(
                 f"The gradient of `{name}` is not finite in {place}, although the loss is {float(loss.detach()):g}."
                 " Score the model in float32 or bfloat16."
