@@ -100,6 +100,7 @@ class LookingOn(pl.Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("safety/")}
         seconds = begun - self._started - self._spent
         self.found.append({"step": step, "training_seconds": seconds, "metrics": metrics, **found})
+        print(f"Looked after step {step}: {seconds:.0f} s of training so far.", flush=True)
         self._spent += time.perf_counter() - begun
 
     @contextmanager
