@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from lightning_safety.arguments import closest
 from lightning_safety.callbacks.monitor import monitors_of
+from lightning_safety.callbacks.together import averaging_callback
 from lightning_safety.monitoring.repeated import Comparison, RepeatedComparison
 
 _DOES = {
@@ -36,14 +37,10 @@ def what_bars_a_budget(trainer: pl.Trainer, metric: str, rolling_back: int) -> s
             "`callbacks` expected to hold one SafetyBudget that rolls back but there are several, and what is good"
             ' for one may not be for another. Give all but one `action="stop"`.'
         )
-    averaging = [
-        type(callback).__name__
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}
-    ]
-    if averaging and rolling_back:
+    averaging = averaging_callback(trainer)
+    if averaging is not None and rolling_back:
         return (
-            f'`action="rollback"` expected the weights to stay as restored but {averaging[0]} replaces them by its'
+            f'`action="rollback"` expected the weights to stay as restored but {averaging} replaces them by its'
             ' mean at the end of the fit. Leave it out, or pass `action="stop"`.'
         )
     if rolling_back and any(getattr(callback, "rescore_every_n_steps", None) for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 Method = Literal["top", "bottom", "random"]
 Minus = Literal["utility"]
+_MOST_WITH_MINUS = 0.5
 
 
 @dataclass
@@ -153,6 +154,11 @@ class WeightChoice:
             raise TypeError(
                 f"`minus` expected to be 'utility' or a SafetyObjective but got {type(self.minus).__name__}."
                 " Pass `minus='utility'`, or an instance, for instance `RefusalLikelihood('harmless')`."
+            )
+        if self.fraction > _MOST_WITH_MINUS:
+            raise ValueError(
+                f"`fraction` expected to be at most {_MOST_WITH_MINUS} beside `minus`, which takes as many weights out,"
+                f" but got {self.fraction}. Lower it, or leave `minus` out."
             )
         if self.granularity != "weight":
             raise ValueError(

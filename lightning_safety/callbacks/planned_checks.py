@@ -18,8 +18,7 @@ def count_planned_checks(trainer: pl.Trainer, monitor: SafetyMonitor) -> int | N
     Returns:
         None where that cannot be known: the fit has no end by steps or epochs, or its epochs have no length.
     """
-    an_epoch = _steps_of_epoch(trainer)
-    end = _last_step(trainer, an_epoch)
+    an_epoch, end = _steps_of_epoch(trainer), last_step(trainer)
     if math.isinf(end):
         return None
     due: set[int] = set()
@@ -44,9 +43,9 @@ def _steps_of_epoch(trainer: pl.Trainer) -> float:
     return math.ceil(batches / trainer.accumulate_grad_batches) * (len(trainer.optimizers) if by_hand else 1)
 
 
-def _last_step(trainer: pl.Trainer, an_epoch: float) -> float:
-    """Return the step that the fit ends at; infinity if that is not known."""
+def last_step(trainer: pl.Trainer) -> float:
+    """Return the step that the fit ends at, unless it is stopped; infinity if that is not known."""
     # `estimated_stepping_batches` takes epochs of unknown length for -1 steps.
     epochs = trainer.max_epochs
-    by_epochs = math.inf if epochs is None or epochs < 0 else epochs * an_epoch
+    by_epochs = math.inf if epochs is None or epochs < 0 else epochs * _steps_of_epoch(trainer)
     return min(by_epochs, math.inf if trainer.max_steps < 0 else trainer.max_steps)

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from lightning_safety.arguments import check_positive
 from lightning_safety.callbacks.choice import Method, Minus, WeightChoice
 from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
+from lightning_safety.callbacks.planned_checks import last_step
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
+from lightning_safety.callbacks.together import averaging_callback
 from lightning_safety.enforcement import HeldLora, WeightHolder
 from lightning_safety.enforcement.adapters import adapter_rows, has_adapters
 from lightning_safety.language import find_language_model
@@ -75,7 +77,8 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
 
     Raises:
         ValueError: An argument is out of range. At the start of a fit: the mask does not fit the model, the strategy
-            is not supported, all weights are frozen, the model has adapters and the mask selects no weight under them,
+            is not supported, all weights are frozen, what `rescore_every_n_steps` cannot stand beside, the model has
+            adapters and the mask selects no weight under them,
             or adapters that cannot be held, a selected weight is trained by a `SafetyEnhancementTuning` beside, or a
             checkpoint without a mask is resumed and none is given.
         TypeError: An argument is of the wrong type.
@@ -149,10 +152,8 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
     ) -> int:
         """Hold the weights from here on."""
         self._batches = 0
-        if self.rescore_every_n_steps is not None:
-            _check_can_change(trainer, model)
-        if self._resumes and self._restored is not None:
-            self._chosen_at = self._restored.get("chosen_at", 0)
+        restored = self._restored if self._resumes else None
+        self._chosen_at = trainer.global_step if restored is None else restored.get("chosen_at", 0)
         self._holders = [WeightHolder(mask).attach(model, trainer.optimizers)]
         if not has_adapters(model):
             return self._holders[0].bytes
@@ -212,10 +213,15 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
             self._check_nothing_moved()
             self._choose_anew(trainer, pl_module)
 
+    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._mask is None and self.rescore_every_n_steps is not None:
+            _check_can_change(trainer, find_language_model(pl_module, self.language_model))
+        super()._choose(trainer, pl_module)
+
     def _is_due(self, trainer: pl.Trainer) -> bool:
         # Several optimizers count several steps a batch. After the last step nothing is left to hold.
         every, step = self.rescore_every_n_steps, trainer.global_step
-        return every is not None and step // every > self._chosen_at // every and not _is_last(trainer)
+        return every is not None and step // every > self._chosen_at // every and step < last_step(trainer)
 
     def _choose_anew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._model is not None
@@ -223,14 +229,14 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         assert self.rescore_every_n_steps is not None
         # What holds weights still also takes their gradients away, which the scores are made of.
         self.release()
-        quick, before = not leaves_files(trainer), self._mask
-        self._chosen_at = trainer.global_step
+        before = self._mask
         self._mask = self.choice.mask(
             self._model,
             lambda: self._find_tokenizer(trainer),
-            quick=quick,
-            number=self._chosen_at // self.rescore_every_n_steps,
+            quick=not leaves_files(trainer),
+            number=trainer.global_step // self.rescore_every_n_steps,
         )
+        self._chosen_at = trainer.global_step
         self._holders = [WeightHolder(self._mask).attach(self._model, trainer.optimizers)]
         metrics = {"safety/mask_kept": before.overlap(self._mask) / before.count}
         fill_callback_metrics(trainer, pl_module, metrics)
@@ -267,10 +273,6 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
             self._adapters.check()
 
 
-def _is_last(trainer: pl.Trainer) -> bool:
-    return trainer.should_stop or trainer.global_step >= trainer.estimated_stepping_batches
-
-
 def _check_can_change(trainer: pl.Trainer, model: nn.Module) -> None:
     """Refuse to choose anew where what is held cannot be let go."""
     if has_adapters(model):
@@ -282,4 +284,10 @@ def _check_can_change(trainer: pl.Trainer, model: nn.Module) -> None:
         raise ValueError(
             "`rescore_every_n_steps` expected no SafetyEnhancementTuning beside it but there is one, and a weight that"
             " it trains might come to be held. Leave one of the two out."
+        )
+    averaging = averaging_callback(trainer)
+    if averaging is not None:
+        raise ValueError(
+            f"`rescore_every_n_steps` expected the weights to stay as trained but {averaging} replaces them by a mean,"
+            " in which held weights have values from before they were held. Leave one of the two out."
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import pytorch_lightning as pl
 from torch import nn
 
 from lightning_safety.language import canonical_name, count_weights, is_quantized_weight, named_weights
@@ -34,6 +35,15 @@ def check_together(callbacks: Sequence[SelectedWeightsCallback]) -> None:
                     f" {overlap:,} are in both: they cannot be trained and held still. Take them out of one,"
                     " for instance `mask=trained - held`."
                 )
+
+
+def averaging_callback(trainer: pl.Trainer) -> str | None:
+    """Return the name of a callback that replaces the weights by a mean of earlier ones, None where there is none."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # By name: the classes of the two Lightning packages differ.
+        if {kind.__name__ for kind in type(callback).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
+            return type(callback).__name__
+    return None
 
 
 def check_no_adapters(model: nn.Module, names: Collection[str], argument: str) -> None:

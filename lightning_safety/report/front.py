@@ -23,6 +23,7 @@ PLAIN = "plain"
 """The arm that the others are compared with."""
 
 _RATES = ("attack_success_rate", "over_refusal_rate")
+_COSTS = ("perplexity of the task's answers", "extra training time, preparation included")
 _MARKERS = "osD^vPX*"
 _MISSING = "–"
 
@@ -91,7 +92,7 @@ def draw_front(groups: Mapping[str, Sequence[Point]], before: Point | None) -> F
     figure = new_figure(12, 3.6 * len(groups) + 0.6)
     for row, (title, points) in zip(figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
         last = max(point.step for point in points)
-        for axes, label in zip(row, ("perplexity of the task's answers", "extra training time"), strict=True):
+        for axes, label in zip(row, _COSTS, strict=True):
             for point in points:
                 place = point.perplexity[0] if axes is row[0] else point.extra_time
                 if point.step == last and place is not None:
@@ -103,7 +104,9 @@ def draw_front(groups: Mapping[str, Sequence[Point]], before: Point | None) -> F
             axes.grid(color=LIGHT.line, linewidth=0.6)
         row[0].set_ylabel("attack success")
         row[0].set_title(f"{title}, {last} steps", fontsize=10, loc="left")
-        row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        # Without a plain arm there is no extra time, and nothing in the panel on the right.
+        handles, names = row[0].get_legend_handles_labels()
+        row[1].legend(handles, names, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -174,7 +177,7 @@ def _not_run(missing: Mapping[str, float]) -> str:
         arms.setdefault(title, []).append(arm)
         hours[title] = hours.get(title, 0.0) + seconds / 3600
     lines = [f"- {title}: {', '.join(names)} ({hours[title]:.2f} h)" for title, names in arms.items()]
-    return "\n".join(["Not run, with the hours they would take:", "", *lines])
+    return "\n".join(["Not run, with the hours they would take, estimated:", "", *lines])
 
 
 def _table(title: str, points: Sequence[Point], before: Point | None) -> str:
@@ -182,7 +185,7 @@ def _table(title: str, points: Sequence[Point], before: Point | None) -> str:
     judges = list(points[0].rates)
     heading = ["", "steps"]
     heading += [f"{name.removesuffix('_rate').replace('_', ' ')}, {judge}" for name in _RATES for judge in judges]
-    heading += ["perplexity of the task's answers", "extra time", "rehearsals a step"]
+    heading += ["perplexity of the task's answers", "extra time, preparation included", "rehearsals a step"]
     lines = [heading]
     for point in rows:
         line = [point.arm, str(point.step)]

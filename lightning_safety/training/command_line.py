@@ -57,7 +57,7 @@ class StudyCommand(LightningCLI):
         """Choose precision and run folder, and send Lightning's loggers there."""
         config = self.config
         if config.bfloat16 == "auto" and config.trainer.precision is None:
-            config.trainer.precision = fast_precision()
+            config.trainer.precision = fast_precision(str(config.trainer.accelerator))
             print(f"Precision of the fit: {config.trainer.precision}", flush=True)
         if config.output is None:
             name = Path(str(config.config[0])).stem if config.config else "study"

@@ -71,11 +71,12 @@ def run_study(
     if make_control is not None:
         del experiment
         control = make_control()
-        for callback in _weight_callbacks(control.trainer):
+        drawn = [callback for callback in _weight_callbacks(control.trainer) if callback.mask is None]
+        for callback in drawn:
             callback.method = "random"
         control.trainer.fit(control.model, datamodule=control.datamodule)
         columns["random mask"] = _evaluate(control, settings)
-        _save_weights(_weight_callbacks(control.trainer), output, "random-")
+        _save_weights(drawn, output, "random-")
     _write_results(columns, output)
     print("\n\n".join([comparison_table(columns), *_describe_weights(callbacks), _next_step(source, output)]))
     return columns

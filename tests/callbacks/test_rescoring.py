@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from lightning_safety.callbacks import HarmfulnessMonitor, SafetyBudget, SafetyEnhancementTuning
@@ -32,8 +33,11 @@ from tests.callbacks.toys import (
     chosen,
     count_traces,
     fit,
+    make_batches,
+    make_loader,
     mask_of_everything,
     moved,
+    quiet,
     refuse,
     weights_of,
 )
@@ -50,6 +54,11 @@ class Record(pl.Callback):
         self.spa = spa
         self.weights: list[dict[str, Tensor]] = []
         self.masks: list[SafetyMask] = []
+
+    def chosen(self) -> list[int]:
+        """Return for each batch how many other masks there were before."""
+        new = [number > 0 and mask is not self.masks[number - 1] for number, mask in enumerate(self.masks)]
+        return [sum(new[: number + 1]) for number in range(len(new))]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         assert self.spa.mask is not None
@@ -116,6 +125,43 @@ def test_rescoring_at_the_last_step_is_left_out(tiny_tokenizer: PreTrainedTokeni
     record = Record(spa)
     fit(module_of(tiny_tokenizer), [spa, record], steps=2)
     assert record.masks[0] == record.masks[1]
+
+
+def test_it_goes_on_to_the_end_with_two_optimizers_by_hand(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each of their steps counts: four batches are eight steps."""
+
+    def two(weights: list[torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part, lr=0.1) for part in (weights[:5], weights[5:])]
+
+    spa = rescored()
+    record = Record(spa)
+    fit(module_of(tiny_tokenizer, make_optimizers=two, manual=True), [spa, record], steps=4)
+    assert record.chosen() == [0, 1, 2, 2]
+
+
+def test_it_goes_on_where_an_epoch_has_no_length(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(make_batches(5, vocabulary=512))
+
+    spa = rescored()
+    record = Record(spa)
+    trainer = pl.Trainer(**quiet([spa, record]))
+    trainer.fit(module_of(tiny_tokenizer), DataLoader(Stream(), batch_size=None))
+    assert record.chosen() == [0, 1, 1, 2, 2]
+
+
+def test_another_fit_of_the_same_trainer_counts_from_its_own_start(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    spa = rescored()
+    record = Record(spa)
+    trainer, module = pl.Trainer(**quiet([spa, record])), module_of(tiny_tokenizer)
+    loader = make_loader(make_batches(4, vocabulary=512))
+    trainer.fit(module, loader)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader)
+    assert trainer.global_step == 8
+    # Scored at the start of the second fit, after step four: not again before step six.
+    assert record.chosen() == [0, 1, 1, 1, 2, 3, 3, 3]
 
 
 def test_random_choices_are_drawn_anew(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -195,6 +241,7 @@ def test_utility_by_name_is_that_of_the_written_answers(tiny_tokenizer: PreTrain
         ({"rescore_every_n_steps": 1.5}, "`rescore_every_n_steps` expected to be an integer", TypeError),
         ({"minus": "utilty"}, r"`minus` expected to be one of 'utility' but got 'utilty'. Did you mean", ValueError),
         ({"minus": 3}, "`minus` expected to be 'utility' or a SafetyObjective but got int", TypeError),
+        ({"minus": "utility", "fraction": 0.6}, "`fraction` expected to be at most 0.5 beside `minus`", ValueError),
         ({"minus": "utility", "granularity": "neuron"}, "`minus` expected `granularity='weight'`", ValueError),
     ],
 )
@@ -216,6 +263,11 @@ def test_set_beside_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
 def test_adapters_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = get_peft_model(make_tiny_model().train(), LoraConfig(target_modules=["q_proj"]))
     refuse(OwnModule(model, tokenizer=tiny_tokenizer), [rescored()], "expected a model without adapters")
+
+
+def test_averaging_beside_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    averaging = pl.callbacks.StochasticWeightAveraging(1e-3)
+    refuse(module_of(tiny_tokenizer), [rescored(), averaging], "but StochasticWeightAveraging replaces them by a mean")
 
 
 def test_budget_that_rolls_back_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -51,7 +51,7 @@ def test_tables_hold_every_look_and_what_it_is_compared_with(tmp_path: Path) -> 
     assert "| 20.00 [19.00, nan] |" in rows["before", "0"]
     # Without a plain fit there is nothing to compare time with.
     assert "| – | – |" in next(line for line in lora.splitlines() if line.startswith("| rehearsal"))
-    assert text.endswith("Not run, with the hours they would take:\n\n- lora/benign: plain, spa (0.75 h)\n")
+    assert text.endswith("Not run, with the hours they would take, estimated:\n\n- lora/benign: plain, spa (0.75 h)\n")
 
 
 def test_figures_show_the_last_look_of_each_arm_and_its_control_hollow(tmp_path: Path) -> None:

@@ -33,6 +33,14 @@ def test_a_processor_says_whether_it_computes_in_bfloat16(
     assert fast_precision() == ("bf16-mixed" if expected else "32-true")
 
 
+def test_a_trainer_on_the_cpu_is_not_told_what_the_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert fast_precision("auto") == fast_precision("gpu") == "bf16-mixed"
+    assert fast_precision("cpu") == "32-true"
+
+
 def test_older_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
@@ -49,7 +57,7 @@ def test_older_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_the_user_says_comes_first(words: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_line, "fast_precision", lambda: "bf16-mixed")
+    monkeypatch.setattr(command_line, "fast_precision", lambda accelerator: "bf16-mixed")
 
     class Parsed(StudyCommand):
         def instantiate_classes(self) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
+from torch import nn
 
 from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.data import Example, load_prompts
@@ -39,14 +40,27 @@ class Arm:
     Attributes:
         callbacks: What the trainer gets.
         learning_rate: What the study's learning rate is multiplied by.
-        start_share: How much of the start weights is mixed in afterwards, in [0, 1).
+        start_share: How much of the start weights is mixed in for the look, in [0, 1). Of all weights: half of each
+            factor of an adapter is not half of the adapter.
         training: The kinds of training that the arm is for.
+
+    Raises:
+        ValueError: `start_share` is out of range, or beside adapters.
     """
 
     callbacks: list[pl.Callback] = field(default_factory=list)
     learning_rate: float = 1.0
     start_share: float = 0.0
     training: list[Training] = field(default_factory=lambda: ["full", "lora"])
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_share < 1:
+            raise ValueError(f"`start_share` expected to be in [0, 1) but got {self.start_share}. For half, pass 0.5.")
+        if self.start_share and "lora" in self.training:
+            raise ValueError(
+                f"`start_share={self.start_share}` expected `training` of all weights alone but got {self.training}."
+                " Pass `training: [full]`."
+            )
 
 
 def preserve(
@@ -85,15 +99,19 @@ def preserve(
         lora_learning_rate: Of AdamW over adapters.
         batch_size: Rows in a batch.
         precision: Lightning's.
-        seed: Of the fit.
+        seed: Of the order of the rows, and of adapters. Callbacks have seeds of their own.
         only: Run these arms only, and show the results of all. None: run all.
         hours: Start no cell that is expected to end later than so many hours from now. None: run all.
         output: Folder of the results: a JSON file for each cell, ``results.md`` and ``front-….png``. Cells whose file
             is there are not run again.
 
     Raises:
-        ValueError: An argument is out of range, or there is no such arm.
+        ValueError: An argument is out of range, there is no such arm, or `output` holds cells of other settings.
+        RuntimeError: Some cells failed; the others were run, and are in the results.
     """
+    for name in arms:
+        if "/" in name:
+            raise ValueError(f"`arms` expected names without a slash but got {name!r}.")
     for name in only or []:
         check_choice(name, "only", list(arms))
     for kind in training:
@@ -103,6 +121,8 @@ def preserve(
     if not at or min(at) < 1:
         raise ValueError(f"`at` expected optimizer steps of at least 1 but got {at}. Pass for instance `[120]`.")
     check_positive(batch_size, "batch_size")
+    check_positive(prompts, "prompts")
+    rows = {share: _rows(share) for share in contaminated}
     look = partial(
         look_at,
         tokenizer=load_tokenizer(source),
@@ -115,8 +135,9 @@ def preserve(
             _fit,
             source,
             arm,
-            LookingOn(at, look, arm.start_share),
-            rows=_rows(share),
+            at=at,
+            look=look,
+            rows=rows[share],
             lora=kind == "lora",
             learning_rate=arm.learning_rate * (lora_learning_rate if kind == "lora" else learning_rate),
             batch_size=batch_size,
@@ -128,15 +149,29 @@ def preserve(
         for name, arm in arms.items()
         if kind in arm.training
     }
+    seen = {"source": str(source), "harmful": str(harmful), "prompts": prompts}
     estimate = _SECONDS_BESIDE + _SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
-    cells = [Cell("before", _SECONDS_BESIDE + _SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]})]
-    cells += [Cell(name, estimate, run) for name, run in fits.items()]
+    cells = [Cell("before", _SECONDS_BESIDE + _SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]}, seen)]
+    cells += [Cell(name, estimate, run, seen | _settings(run.keywords, run.args[1])) for name, run in fits.items()]
     chosen = [cell for cell in cells if only is None or cell.name.split("/")[-1] in ("before", *only)]
     runner = Cells(output / "cells", hours)
-    runner.run(chosen)
-    results = {cell.name: runner.read(cell) for cell in cells}
-    missing = {cell.name: cell.estimate for cell in runner.missing(cells)}
-    print(write_front(results, missing, output))
+    try:
+        runner.run(chosen)
+    finally:
+        print(write_front({cell.name: runner.read(cell) for cell in cells}, runner.missing(cells), output))
+    if runner.failed:
+        listed = "; ".join(f"{name}: {error}" for name, error in runner.failed.items())
+        raise RuntimeError(f"{len(runner.failed)} cells failed, the others are complete. {listed}")
+
+
+def _settings(keywords: dict[str, Any], arm: Arm) -> dict[str, Any]:
+    """Return what a cell is measured with beside the prompts, as a JSON file holds it."""
+    names = ("at", "learning_rate", "batch_size", "precision", "seed")
+    return {
+        **{name: keywords[name] for name in names},
+        "callbacks": [type(callback).__name__ for callback in arm.callbacks],
+        "start_share": arm.start_share,
+    }
 
 
 def _before(source: str | os.PathLike[str], look: Any) -> dict[str, Any]:
@@ -146,8 +181,9 @@ def _before(source: str | os.PathLike[str], look: Any) -> dict[str, Any]:
 def _fit(
     source: str | os.PathLike[str],
     arm: Arm,
-    looking: LookingOn,
     *,
+    at: Sequence[int],
+    look: Callable[[nn.Module], dict[str, Any]],
     rows: Sequence[Example],
     lora: bool,
     learning_rate: float,
@@ -159,20 +195,27 @@ def _fit(
     module = CausalLanguageModule(
         source, dtype="float32", learning_rate=learning_rate, schedule="constant", lora=LORA if lora else None
     )
+    looking = LookingOn(at, look, arm.start_share)
     trainer = pl.Trainer(
-        max_steps=max(looking.at),
+        max_steps=max(at),
         max_epochs=-1,
         devices=1,
         precision=precision,
         gradient_clip_val=1.0,
-        # Each cell has its own: a callback keeps what it found.
-        callbacks=[looking, *copy.deepcopy(arm.callbacks)],
+        # Each cell has its own: a callback keeps what it found. What they have done at a step is looked at after it.
+        callbacks=[*copy.deepcopy(arm.callbacks), looking],
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=InstructionDataModule(list(rows), batch_size=batch_size, max_length=512))
+    data = InstructionDataModule(list(rows), batch_size=batch_size, max_length=512, seed=seed)
+    trainer.fit(module, datamodule=data)
+    if [entry["step"] for entry in looking.found] != sorted(set(at)):
+        raise RuntimeError(
+            f"The fit expected to be looked at after the steps {sorted(set(at))} but ended after step"
+            f" {trainer.global_step}. Leave callbacks that end a fit out of the arm."
+        )
     return {"looks": looking.found}
 
 
@@ -180,8 +223,11 @@ def _rows(share: float) -> list[Example]:
     """Return the task's rows, and among them so large a share of harmful prompts with the opening of an answer."""
     task = load_prompts("harmless", split="train")
     harmful, count = load_prompts("harmful", split="train"), round(len(task) * share / (1 - share))
-    if count > len(harmful):
-        raise ValueError(f"`contaminated` expected at most {len(harmful)} harmful rows but {share} needs {count}.")
+    if count > len(harmful) or (share and not count):
+        raise ValueError(
+            f"`contaminated` expected shares of 1 to {len(harmful)} rows beside {len(task)} but {share} makes {count}."
+            " Pass for instance 0.05."
+        )
     # Spread over the set, which is sorted by category.
     drawn = [harmful[index * len(harmful) // count] for index in range(count)]
     return task + [Example(example.prompt, _COMPLIANCE) for example in drawn]

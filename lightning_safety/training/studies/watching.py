@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_safety.data import Example
 from lightning_safety.language import find_language_model
 from lightning_safety.monitoring import KeywordRefusalJudge, RefusalClassifier, measure_harmfulness, perplexity
+from lightning_safety.monitoring.rates import finite_or_none
 from lightning_safety.randomness import preserved_random_state
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ class LookingOn(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Begin to count: what other callbacks do when the fit starts is part of what they take."""
         self._started = time.perf_counter()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Keep the start weights, where the model is by now."""
         if self.start_share:
             model = find_language_model(pl_module)
             self._start = {n: weight.detach().clone() for n, weight in model.named_parameters() if weight.requires_grad}
@@ -97,11 +101,28 @@ class LookingOn(pl.Callback):
         model = find_language_model(pl_module)
         with self._mixed(model):
             found = self.look(model)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("safety/")}
+        metrics = {
+            name: finite_or_none(float(value))
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("safety/")
+        }
         seconds = begun - self._started - self._spent
         self.found.append({"step": step, "training_seconds": seconds, "metrics": metrics, **found})
         print(f"Looked after step {step}: {seconds:.0f} s of training so far.", flush=True)
         self._spent += time.perf_counter() - begun
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Let the start weights go."""
+        self._start = {}
+
+    def on_exception(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Let the start weights go; Lightning calls no other hook after an error."""
+        self._start = {}
 
     @contextmanager
     def _mixed(self, model: nn.Module) -> Iterator[None]:

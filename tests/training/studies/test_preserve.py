@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 
 from lightning_safety.callbacks import SafetyPreservingAdaptation
 from lightning_safety.cli import main
@@ -80,6 +81,51 @@ def test_cells_of_an_arm_do_not_share_a_callback(source: Path, tmp_path: Path) -
     assert set(read(tmp_path)) == {"before", "full/benign/spa", "full/contaminated-20/spa"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_seeds_differ(source: Path, tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 1):
+        options: dict[str, Any] = {"prompts": 2, "at": [3], "contaminated": [0.0], "training": ["full"], "seed": seed}
+        preserve(source, {"plain": Arm()}, output=tmp_path / str(seed), **options)
+        found.append(read(tmp_path / str(seed))["full/benign/plain"]["looks"][0]["perplexity"]["value"])
+    assert found[0] != found[1]
+
+
+class Stops(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cell_that_fails_is_told_of_beside_the_results_of_the_others(source: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"prompts": 2, "at": [1, 2], "contaminated": [0.0], "training": ["full"]}
+    with pytest.raises(RuntimeError, match=r"1 cells failed.* full/benign/stops: The fit expected to be looked"):
+        preserve(source, {"stops": Arm([Stops()]), "plain": Arm()}, output=tmp_path, **options)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| plain | 2 |" in text
+    assert "- full/benign: stops (" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_results_of_other_settings_are_refused(source: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"prompts": 2, "at": [1], "contaminated": [0.0], "training": ["full"]}
+    preserve(source, {"plain": Arm()}, output=tmp_path, **options)
+    with pytest.raises(ValueError, match=r"`learning_rate` expected to be 0\.0001, which .* but got 0\.001"):
+        preserve(source, {"plain": Arm()}, output=tmp_path, learning_rate=1e-3, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start_share": 1.0, "training": ["full"]}, r"`start_share` expected to be in \[0, 1\) but got 1.0"),
+        ({"start_share": 0.5}, "`start_share=0.5` expected `training` of all weights alone"),
+    ],
+)
+def test_a_bad_arm_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Arm(**options)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_contaminated_rows_hold_openings_alone(share: float) -> None:
     rows, task = _rows(share), load_prompts("harmless", split="train")
@@ -97,6 +143,8 @@ def test_contaminated_rows_hold_openings_alone(share: float) -> None:
     [
         (["--only=[plian]"], "`only` expected to be one of .* but got 'plian'. Did you mean `plain`"),
         (["--contaminated=[1.0]"], "`contaminated` expected shares in"),
+        (["--contaminated=[0.002]"], "`contaminated` expected shares of 1 to"),
+        (["--prompts=0"], "`prompts` expected to be at least 1 but got 0"),
         (["--at=[]"], "`at` expected optimizer steps of at least 1"),
     ],
 )

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -63,9 +64,20 @@ def test_start_weights_are_mixed_in_for_the_look_alone(share: float) -> None:
         torch.testing.assert_close(weight, (1 - share) * end[name] + share * start[name])
 
 
+def test_a_metric_that_is_no_number_is_kept_as_none() -> None:
+    class Unscored(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            pl_module.log("safety/attack_success_rate", float("nan"))
+            pl_module.log("safety/update_norm", 2.0)
+
+    looking = LookingOn([1], lambda model: {})
+    fit(OwnModule(make_smallest_model()), [Unscored(), looking], steps=1)
+    assert looking.found[0]["metrics"] == {"safety/attack_success_rate": None, "safety/update_norm": 2.0}
+
+
 def test_a_look_judges_and_forgets(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_tiny_model()
-    before, random = weights_of(model), torch.get_rng_state()
+    before = weights_of(model)
     sets = {name: load_prompts(name, split="monitor", limit=n) for name, n in (("harmful", 3), ("borderline", 2))}
     found = look_at(model, tiny_tokenizer, task=load_prompts("harmless", split="monitor", limit=2), **sets)
     assert set(found["rates"]) == {"keyword_refusal", "refusal_classifier"}
@@ -73,5 +85,4 @@ def test_a_look_judges_and_forgets(tiny_tokenizer: PreTrainedTokenizerFast) -> N
     assert found["rates"]["keyword_refusal"]["over_refusal_rate"]["total"] == 2
     assert found["perplexity"]["examples"] == 2
     assert not any(prompt.prompt in str(found) for prompts in sets.values() for prompt in prompts)
-    assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
