@@ -97,5 +97,5 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_a_model_that_refuses_none_of_the_prompts_stops_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_replies, "generate_replies", lambda *arguments, **_: ["Sure."] * len(arguments[2]))
-    with pytest.raises(ValueError, match=r"`watch` expected prompts that the model refuses but it refuses none of 16"):
+    with pytest.raises(ValueError, match=r"`watch` expected prompts that the model refuses but it refuses none of 8"):
         fit(OwnModule(make_smallest_model()), [adaptive()])
