@@ -51,12 +51,12 @@ def look_at(
             batch_size=_BATCH_SIZE,
         )
         task_perplexity = perplexity(model, tokenizer, task, batch_size=_BATCH_SIZE)
-    return {
-        "rates": {
-            judge: {name: rate.to_dict() for name, rate in rates.items()} for judge, rates in found.rates.items()
-        },
-        "perplexity": task_perplexity.to_dict(),
+    for judge, rates in found.rates.items():
+        print(f"{judge}: attack success {rates['attack_success_rate']}, over-refusal {rates['over_refusal_rate']}")
+    rates_by_judge = {
+        judge: {name: rate.to_dict() for name, rate in rates.items()} for judge, rates in found.rates.items()
     }
+    return {"rates": rates_by_judge, "perplexity": task_perplexity.to_dict()}
 
 
 class LookingOn(pl.Callback):
