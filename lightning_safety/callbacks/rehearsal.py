@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,12 @@ from torch.optim import Optimizer
 
 from lightning_safety.callbacks.log import fill_callback_metrics
 from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
-from lightning_safety.callbacks.resume import ResumedRandomness, check_state_version, warn_of_loaders_that_start_over
+from lightning_safety.callbacks.resume import (
+    ResumedRandomness,
+    check_state_version,
+    warn_of_loaders_that_start_over,
+    warn_of_lost_objective,
+)
 from lightning_safety.callbacks.scaling import gradient_scales
 from lightning_safety.callbacks.strategies import check_strategy
 from lightning_safety.enforcement.optimizers import optimized_parameters
@@ -175,6 +180,7 @@ class SafetyRehearsal(pl.Callback):
         self._model, self._tokenizer = model, tokenizer
         with preserved_random_state():
             self._continues = self._restored is not None
+            self._tell_how_many(trainer)
             self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
             if self.need is not None:
                 self.need.prepare()
@@ -182,7 +188,8 @@ class SafetyRehearsal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up where a checkpoint left, and look how safe the model is."""
-        self._warn_of_missing_state(trainer)
+        known = self._restored["objective"] if self._restored else None
+        warn_of_lost_objective(trainer, self, self.rehearsal.objective, known)
         if self._restored is not None:
             if not self._continues:
                 # Strategies that shard the model restore only now.
@@ -203,8 +210,7 @@ class SafetyRehearsal(pl.Callback):
             assert self._model is not None
             assert self._tokenizer is not None
             with preserved_random_state(), self._timed():
-                restored = self._restored["need"] if self._restored else None
-                self.need.begin(trainer, self._model, self._tokenizer, restored)
+                self.need.begin(trainer, self._model, self._tokenizer, self._restored and self._restored["need"])
         self._randomness.at_train_start(trainer)
 
     def on_before_optimizer_step(
@@ -239,6 +245,12 @@ class SafetyRehearsal(pl.Callback):
             f"SafetyRehearsal: {self._rehearsals} rehearsals in {sum(self._steps.values())} optimizer steps,"
             f" {self._seconds:.1f} s."
         )
+
+    def _tell_how_many(self, trainer: pl.Trainer) -> None:
+        """Tell the objective how many examples the fit has time for, if `max_steps` says."""
+        # Asking for the length of an epoch would set the data up, and draw random numbers, too early.
+        rehearsals = math.ceil(trainer.max_steps / (self.every if isinstance(self.every, int) else 1))
+        self.rehearsal.objective.expect(rehearsals * self.rehearsal.batch_size if trainer.max_steps > 0 else None)
 
     def _is_due(self, trainer: pl.Trainer, step: int) -> bool:
         if self.need is None:
@@ -276,17 +288,6 @@ class SafetyRehearsal(pl.Callback):
         started = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - started
-
-    def _warn_of_missing_state(self, trainer: pl.Trainer) -> None:
-        """Say so where a resumed fit prepared its objective on weights that are trained already."""
-        objective = self.rehearsal.objective
-        prepares = type(objective).prepare is not SafetyObjective.prepare
-        if trainer.ckpt_path is not None and prepares and not (self._restored and self._restored["objective"]):
-            warnings.warn(
-                f"The checkpoint has no state of {type(self).__name__} for {type(objective).__name__}: what is"
-                " rehearsed is what the model does in the checkpoint, not before its fit began.",
-                stacklevel=2,
-            )
 
     def _reaches(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> bool:
         """Whether an optimizer trains weights of the language model, or something in their place."""

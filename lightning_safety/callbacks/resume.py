@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_safety.randomness import restore_random_state
+from lightning_safety.scoring import SafetyObjective
 
 
 class ResumedRandomness:
@@ -81,3 +82,21 @@ def _loaders(loaders: Any) -> Iterator[Any]:
             yield from _loaders(loader)
     elif loaders is not None:
         yield loaders
+
+
+def warn_of_lost_objective(trainer: pl.Trainer, callback: object, objective: SafetyObjective, restored: Any) -> None:
+    """Say so where a resumed fit prepared an objective on weights that are trained already.
+
+    Args:
+        trainer: The trainer.
+        callback: Whose objective it is.
+        objective: The objective.
+        restored: What the checkpoint has of it.
+    """
+    prepares = type(objective).prepare is not SafetyObjective.prepare
+    if trainer.ckpt_path is not None and prepares and not restored:
+        warnings.warn(
+            f"The checkpoint has no state of {type(callback).__name__} for {type(objective).__name__}: what is"
+            " rehearsed is what the model does in the checkpoint, not before its fit began.",
+            stacklevel=2,
+        )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _JUDGED_TOKENS = 12
 _SPARE_TOKENS = 4
 _BATCH_SIZE = 32
+# About so many of the replies are as they should be, and kept.
+_KEPT_SHARE = 0.8
 
 
 class OwnReplies(SafetyObjective):
@@ -41,8 +43,8 @@ class OwnReplies(SafetyObjective):
         borderline: Harmless prompts that look harmful.
         split: The split of built-in sets.
         prompts: At most so many harmful prompts, spread evenly over the set, and `answers_per_refusal` times as many
-            borderline ones. Too few are learned by heart in a long fit, and then keep nothing else: have about as many
-            as there will be rehearsals.
+            borderline ones; fewer where a `SafetyRehearsal` has no time for all. Too few are learned by heart in a
+            long fit, and then keep nothing else: allow about as many as there will be rehearsals.
         answers_per_refusal: How many answers are kept for each refusal. Refusals are alike and answers are not: with as
             many of each, a model comes to refuse more.
         max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones.
@@ -69,6 +71,7 @@ class OwnReplies(SafetyObjective):
         self.answers_per_refusal = check_positive(answers_per_refusal, "answers_per_refusal")
         self.max_new_tokens = check_positive(max_new_tokens, "max_new_tokens")
         self._pairs: dict[str, list[tuple[str, str]]] = {}
+        self._expected: int | None = None
 
     def describe(self) -> dict[str, str]:
         """Return the objective's name, its prompts, and how much of the replies counts."""
@@ -80,9 +83,17 @@ class OwnReplies(SafetyObjective):
             "max_new_tokens": str(self.max_new_tokens),
         }
 
+    def expect(self, examples: int | None) -> None:
+        """Ask no more prompts than that takes: a short fit need not wait for replies it has no time to rehearse."""
+        self._expected = examples
+
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let the model reply, and keep what it did right."""
-        limits = {"harmful": self.prompts, "borderline": self.prompts * self.answers_per_refusal}
+        prompts = self.prompts
+        if self._expected is not None:
+            turns = math.ceil(self._expected / (1 + self.answers_per_refusal))
+            prompts = max(1, min(prompts, math.ceil(turns / _KEPT_SHARE)))
+        limits = {"harmful": prompts, "borderline": prompts * self.answers_per_refusal}
         for kind, source in (("harmful", self.harmful), ("borderline", self.borderline)):
             examples = read_prompts(source, kind, split=self.split, limit=limits[kind])[1]
             kept = keep_replies(

@@ -55,6 +55,9 @@ class SafetyObjective(ABC):
 
     bounded = True
 
+    def expect(self, examples: int | None) -> None:  # noqa: B027 # most have their examples ready
+        """Hear, before `prepare`, how many examples will be taken in all; None where that is not known."""
+
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027 # most need nothing
         """Do what needs the model as it is before scoring, such as generating its replies. Called before `batches`."""
 

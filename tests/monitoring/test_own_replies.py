@@ -49,6 +49,27 @@ def test_what_it_did_right_is_kept_and_nothing_else() -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore:The model refuses")
+@pytest.mark.parametrize(
+    ("expected", "asked"),
+    [(None, (128, 256)), (3, (2, 4)), (120, (50, 100)), (10**6, (128, 256))],
+)
+def test_no_more_prompts_are_asked_than_a_fit_has_time_for(
+    expected: int | None, asked: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+
+    def reply(model: Any, tokenizer: Any, prompts: Sequence[str], **_: Any) -> list[str]:
+        counts.append(len(prompts))
+        return [REFUSAL, *(["Close it."] * (len(prompts) - 1))]
+
+    monkeypatch.setattr(own_replies, "generate_replies", reply)
+    objective = OwnReplies()
+    objective.expect(expected)
+    objective.prepare(make_tiny_model(), TOKENIZER)
+    assert tuple(counts) == asked
+
+
 @pytest.mark.filterwarnings("ignore:The model refuses 1 of 3")
 def test_only_the_first_tokens_of_a_reply_count() -> None:
     (batch,) = prepared(max_new_tokens=5, answers_per_refusal=1).batches(TOKENIZER, batch_size=2)
