@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What one rehearsal takes in training steps on batches of 4 × 128 tokens (benchmarks/rehearsal.py).
-_STEPS_PER_REHEARSAL = 0.5
+_STEPS_PER_REHEARSAL = 0.4
 
 
 def preserve_safety(
