@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 """The arm that the others are compared with."""
 
-_RATES = ("attack_success_rate", "over_refusal_rate")
+_RATES = {"attack_success_rate": "attack success", "over_refusal_rate": "over-refusal"}
 _COSTS = ("perplexity of the task's answers", "extra training time, preparation included")
 _MARKERS = "osD^vPX*"
 _MISSING = "–"
@@ -102,6 +102,7 @@ def draw_front(groups: Mapping[str, Sequence[Point]], before: Point | None) -> F
             axes.set_ylim(0, 1)
             axes.set_xlabel(label)
             axes.grid(color=LIGHT.line, linewidth=0.6)
+        row[1].xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
         row[0].set_ylabel("attack success")
         row[0].set_title(f"{title}, {last} steps", fontsize=10, loc="left")
         # Without a plain arm there is no extra time, and nothing in the panel on the right.
@@ -184,7 +185,7 @@ def _table(title: str, points: Sequence[Point], before: Point | None) -> str:
     rows = [*([before] if before is not None else []), *points]
     judges = list(points[0].rates)
     heading = ["", "steps"]
-    heading += [f"{name.removesuffix('_rate').replace('_', ' ')}, {judge}" for name in _RATES for judge in judges]
+    heading += [f"{words}, {judge}" for words in _RATES.values() for judge in judges]
     heading += ["perplexity of the task's answers", "extra time, preparation included", "rehearsals a step"]
     lines = [heading]
     for point in rows:
