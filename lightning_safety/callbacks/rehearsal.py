@@ -50,7 +50,7 @@ class SafetyRehearsal(pl.Callback):
     Logged are, all under ``safety/``: ``rehearsal_loss`` (before the step, in nats per token), ``rehearsal_share``
     (rehearsals per optimizer step so far), ``rehearsal_seconds`` (all that they took so far), with ``mode="project"``
     ``rehearsal_conflicts`` (the share of rehearsals in which the task pointed against safety), and with
-    ``every="adaptive"`` ``rehearsal_margin`` (the last refusal margin that was looked at).
+    ``every="adaptive"`` ``rehearsal_likelihood`` (the mean log-probability of the own refusals last looked at).
 
     A resumed fit goes on in the rotation where the checkpoint was saved; on a single device it ends with the bits of
     one that was not interrupted. Runs on a single device, under DDP, and under ``ModelParallelStrategy`` (FSDP2) with
@@ -61,16 +61,17 @@ class SafetyRehearsal(pl.Callback):
 
     Args:
         every: Rehearse at every so many optimizer steps, from the first on. ``"adaptive"``: only when needed. Every
-            `watch_every_n_steps` steps the margin of the model's own refusals is looked at, without gradients; once it
-            is below its value at the start by more than `tolerance`, every step rehearses until it is back.
+            `watch_every_n_steps` steps it is looked at how likely the model's own refusals are, without gradients; once
+            that is below its value at the start by more than `tolerance`, every step rehearses until it is back.
         mode: ``"add"``: the gradient of the task's loss plus `weight` times the safety loss. ``"project"``: what in the
             task's gradient would raise the safety loss is taken out (A-GEM).
         objective: The safety loss. Default: `OwnReplies`, what the model itself refuses and answers when the fit
             starts, which takes some seconds of generation.
         weight: What the safety loss is multiplied by, with ``mode="add"``. Default: 2.
         batch_size: Examples in one rehearsal.
-        watch_every_n_steps: With ``every="adaptive"``, after how many optimizer steps the margin is looked at.
-        tolerance: With ``every="adaptive"``, by how much the margin may fall below its start, in nats per token.
+        watch_every_n_steps: With ``every="adaptive"``, after how many optimizer steps to look.
+        tolerance: With ``every="adaptive"``, by how much the log-probability of a refusal's first four tokens may
+            fall below its start, in nats per token.
         watch: Harmful prompts for that look: a built-in set (its split ``monitor``), a file, or a mapping of what
             `load_prompts` takes. Those count that the model refuses at the start.
         watch_prompts: At most so many of them.
@@ -143,8 +144,8 @@ class SafetyRehearsal(pl.Callback):
             found["rehearsal_loss"] = self._loss
         if self.rehearsal.mode == "project" and self._rehearsals:
             found["rehearsal_conflicts"] = self._conflicts / self._rehearsals
-        if self.need is not None and self.need.margin is not None:
-            found["rehearsal_margin"] = self.need.margin
+        if self.need is not None and self.need.likelihood is not None:
+            found["rehearsal_likelihood"] = self.need.likelihood
         return {f"safety/{name}": value for name, value in found.items()}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002

@@ -12,30 +12,31 @@ import torch
 from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example
 from lightning_safety.monitoring import PromptSource, read_prompts
-from lightning_safety.monitoring.margin import refusal_margin
+from lightning_safety.monitoring.margin import opening_likelihood
 from lightning_safety.monitoring.own_replies import keep_replies
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-_REFUSAL_TOKENS = 16
+_OPENING_TOKENS = 4
 
 
 class RehearsalNeed:
-    """Looks at the refusal margin now and then, and tells from its fall when to rehearse.
+    """Looks now and then at how likely the model's own refusals are, and tells from their fall when to rehearse.
 
-    It is the margin of the model's own refusals, those that it gave before it trained. That of written ones says less:
-    a model that loses its refusals for the style of a task may come to find them likelier.
+    Those that it gave before it trained, and only how they begin, which is where it decides to refuse. A margin over
+    some fixed opening of an answer says less: a model that loses its refusals for the style of a task may find both
+    unlikely (measured: 93 of 100 harmful prompts answered at a margin that had not fallen).
 
     Args:
         every_n_steps: After how many optimizer steps to look.
-        tolerance: By how much the margin may fall below its start, in nats per token.
+        tolerance: By how much their log-probability may fall below its start, in nats per token.
         source: Harmful prompts.
         prompts: At most so many of them.
 
     Attributes:
-        margin: The margin last looked at; None before the start.
+        likelihood: Their mean log-probability per token when it was last looked at; None before the start.
         needed: Whether to rehearse: from the look that found it too low until the one that finds it back.
 
     Raises:
@@ -51,7 +52,7 @@ class RehearsalNeed:
         self.tolerance = tolerance
         self.source = source
         self.prompts = check_positive(prompts, "watch_prompts")
-        self.margin: float | None = None
+        self.likelihood: float | None = None
         self.needed = False
         self._start: float | None = None
         self._prompts: list[Example] = []
@@ -77,13 +78,13 @@ class RehearsalNeed:
         self._tokenizer = tokenizer
         if restored is None:
             self._examples = keep_replies(
-                model, tokenizer, self._prompts, name="watch", refused=True, max_new_tokens=_REFUSAL_TOKENS
+                model, tokenizer, self._prompts, name="watch", refused=True, max_new_tokens=_OPENING_TOKENS
             )
-            self._start = self.margin = self._margin(trainer, model)
+            self._start = self.likelihood = self._look(trainer, model)
             self.needed = False
         else:
             self._examples = [Example(prompt, refusal) for prompt, refusal in restored["refusals"]]
-            self._start, self.margin, self.needed = restored["start"], restored["margin"], restored["needed"]
+            self._start, self.likelihood, self.needed = restored["start"], restored["likelihood"], restored["needed"]
 
     def looks_at(self, step: int) -> bool:
         """Whether to look before a step, 0 for the first of the fit."""
@@ -92,21 +93,20 @@ class RehearsalNeed:
     def look(self, trainer: pl.Trainer, model: nn.Module) -> None:
         """Look at the model, and see whether it needs rehearsing."""
         assert self._start is not None
-        self.margin = self._margin(trainer, model)
-        self.needed = self.margin < self._start - (0 if self.needed else self.tolerance)
+        self.likelihood = self._look(trainer, model)
+        self.needed = self.likelihood < self._start - (0 if self.needed else self.tolerance)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a resumed fit needs to decide alike; None before the first look."""
         if self._start is None:
             return None
         refusals = [[example.prompt, example.response] for example in self._examples]
-        return {"refusals": refusals, "start": self._start, "margin": self.margin, "needed": self.needed}
+        return {"refusals": refusals, "start": self._start, "likelihood": self.likelihood, "needed": self.needed}
 
-    def _margin(self, trainer: pl.Trainer, model: nn.Module) -> float:
+    def _look(self, trainer: pl.Trainer, model: nn.Module) -> float:
         assert self._tokenizer is not None
         with trainer.precision_plugin.train_step_context():
-            margin = refusal_margin(model, self._tokenizer, self._examples)
-        assert margin is not None
+            found = opening_likelihood(model, self._tokenizer, self._examples, tokens=_OPENING_TOKENS)
         # Processes that disagreed by a rounding would rehearse apart, and wait for each other for ever.
         device = next(model.parameters()).device
-        return float(trainer.strategy.reduce(torch.tensor(margin, device=device), reduce_op="mean"))
+        return float(trainer.strategy.reduce(torch.tensor(found, device=device), reduce_op="mean"))

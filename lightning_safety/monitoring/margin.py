@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The refusal margin as a plain number: how much likelier a refusal is than the opening of an answer."""
+"""How likely refusals are, as plain numbers: over the opening of an answer, and by themselves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lightning_safety.data import Example
-from lightning_safety.language import evaluation_mode
+from lightning_safety.data import Example, length_buckets, pad_batch
+from lightning_safety.language import encode_example, evaluation_mode, pad_token_id
 from lightning_safety.scoring import RefusalMargin
+from lightning_safety.scoring.objective import ObjectiveBatch, first_labelled, mean_log_probability
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,3 +47,33 @@ def refusal_margin(
             # The objective is a loss, the mean over the examples of its batch.
             total -= float(objective.loss(model, batch.to(device))) * batch.examples
     return total / len(refused)
+
+
+def opening_likelihood(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    tokens: int,
+    batch_size: int = 16,
+) -> float:
+    """Return the mean log-probability per token, in nats, of how the responses begin; needs no generation.
+
+    Args:
+        model: A causal language model. It is left as it was found.
+        tokenizer: Its tokenizer, with a chat template.
+        examples: Prompts with responses; at least one.
+        tokens: How many tokens of each response count.
+        batch_size: Examples at a time.
+    """
+    rows = [
+        first_labelled(encode_example(tokenizer, example.prompt, example.response or "", end_turn=False), tokens)
+        for example in examples
+    ]
+    device, total = next(model.parameters()).device, 0.0
+    with evaluation_mode(model), torch.no_grad():
+        for bucket in length_buckets([len(row.input_ids) for row in rows], batch_size):
+            batch = pad_batch([rows[index] for index in bucket], pad_token_id=pad_token_id(tokenizer))
+            tensors = ObjectiveBatch(batch, len(bucket)).to(device).tensors
+            total += float(mean_log_probability(model, tensors).sum())
+    return total / len(rows)

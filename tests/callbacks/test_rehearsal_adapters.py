@@ -54,14 +54,14 @@ def adapters_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_of_adapters_it_trains_the_adapters(kind: str, every: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The looks of the adaptive way are what repacks 4-bit weights on some CPUs, after which gradients are missing."""
     monkeypatch.setattr(own_replies, "generate_replies", lambda *arguments, **_: ["I can't help."] * len(arguments[2]))
-    look = rehearsal_need.refusal_margin
+    look = rehearsal_need.opening_likelihood
     looks: list[float | None] = []
 
-    def falling(*arguments: Any) -> float:
-        looks.append(look(*arguments))
+    def falling(*arguments: Any, **options: Any) -> float:
+        looks.append(look(*arguments, **options))
         return -len(looks)
 
-    monkeypatch.setattr(rehearsal_need, "refusal_margin", falling)
+    monkeypatch.setattr(rehearsal_need, "opening_likelihood", falling)
 
     def fitted(*callbacks: Any) -> nn.Module:
         torch.manual_seed(0)

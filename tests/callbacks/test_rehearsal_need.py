@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rehearsing only when needed: from the look that finds the margin too low until the one that finds it back."""
+"""Rehearsing only when needed: from the look that finds refusals too unlikely until the one that finds them back."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def adaptive(**options: Any) -> SafetyRehearsal:
     return SafetyRehearsal("adaptive", **settings)
 
 
-def script(monkeypatch: pytest.MonkeyPatch, margins: Sequence[float]) -> list[float]:
-    """Let the margin be these values, one a look; returns those that are left."""
-    left = list(margins)
-    monkeypatch.setattr(rehearsal_need, "refusal_margin", lambda *_: left.pop(0))
+def script(monkeypatch: pytest.MonkeyPatch, likelihoods: Sequence[float]) -> list[float]:
+    """Let the likelihood be these values, one a look; returns those that are left."""
+    left = list(likelihoods)
+    monkeypatch.setattr(rehearsal_need, "opening_likelihood", lambda *_, **__: left.pop(0))
     return left
 
 
@@ -61,7 +61,7 @@ def test_it_begins_below_the_tolerance_and_ends_at_the_start_again(monkeypatch: 
     callback = adaptive(tolerance=0.2)
     assert acts(callback, 12) == [False] * 4 + [True] * 4 + [False] * 4
     assert not left
-    assert callback.metrics["safety/rehearsal_margin"] == pytest.approx(0.85)
+    assert callback.metrics["safety/rehearsal_likelihood"] == pytest.approx(0.85)
     assert callback.metrics["safety/rehearsal_share"] == pytest.approx(4 / 12)
 
 
@@ -73,11 +73,11 @@ def test_where_it_is_never_needed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
     assert_same_bits(module.model, plain.model)
 
 
-def test_the_real_margin_is_looked_at() -> None:
+def test_the_real_likelihood_is_looked_at() -> None:
     model = make_smallest_model(vocab_size=512, max_position_embeddings=256)
     callback = adaptive(watch_prompts=2, tolerance=0.0)
     trainer = fit(OwnModule(model), [callback], steps=3)
-    assert "safety/rehearsal_margin" in trainer.callback_metrics
+    assert "safety/rehearsal_likelihood" in trainer.callback_metrics
     assert trainer.callback_metrics["safety/rehearsal_seconds"] > 0
 
 

@@ -87,7 +87,7 @@ def test_a_state_from_before_the_first_look_begins_anew(monkeypatch: pytest.Monk
 
     callback.__class__ = PutBack
     fit(make_module(), [callback], steps=4)
-    assert "safety/rehearsal_margin" in callback.metrics
+    assert "safety/rehearsal_likelihood" in callback.metrics
 
 
 def test_a_state_of_another_version_is_refused() -> None:
