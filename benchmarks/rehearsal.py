@@ -14,7 +14,8 @@ from side_by_side import compare
 from lightning_safety.data import load_prompts
 from lightning_safety.enforcement.rehearsal import Rehearsal
 from lightning_safety.language import BUNDLED_MODEL, load_causal_lm, load_tokenizer
-from lightning_safety.monitoring import OwnReplies, refusal_margin
+from lightning_safety.monitoring import OwnReplies
+from lightning_safety.monitoring.margin import opening_likelihood
 
 ROUNDS = 9
 BATCH, LENGTH = 4, 128
@@ -52,7 +53,7 @@ def main() -> None:
         "a training step": step,
         "a rehearsal, add": lambda: rehearsals["add"].mix(model, parameters, 0),
         "a rehearsal, project": lambda: rehearsals["project"].mix(model, parameters, 0),
-        "a look at the margin": lambda: refusal_margin(model, tokenizer, watched),
+        "an adaptive look": lambda: opening_likelihood(model, tokenizer, watched, tokens=4),
     }
     compare(ways, rounds=ROUNDS, unit="seconds")
 
