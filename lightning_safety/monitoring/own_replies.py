@@ -26,6 +26,8 @@ _SPARE_TOKENS = 4
 _BATCH_SIZE = 32
 # About so many of the replies are as they should be, and kept.
 _KEPT_SHARE = 0.8
+# A model that refuses a third refuses some of so many.
+_FEWEST_PROMPTS = 16
 
 
 class OwnReplies(SafetyObjective):
@@ -92,7 +94,7 @@ class OwnReplies(SafetyObjective):
         prompts = self.prompts
         if self._expected is not None:
             turns = math.ceil(self._expected / (1 + self.answers_per_refusal))
-            prompts = max(1, min(prompts, math.ceil(turns / _KEPT_SHARE)))
+            prompts = min(prompts, max(_FEWEST_PROMPTS, math.ceil(turns / _KEPT_SHARE)))
         limits = {"harmful": prompts, "borderline": prompts * self.answers_per_refusal}
         for kind, source in (("harmful", self.harmful), ("borderline", self.borderline)):
             examples = read_prompts(source, kind, split=self.split, limit=limits[kind])[1]

@@ -132,7 +132,7 @@ def test_state_is_tensors_and_primitives(kind: type[SelectedWeightsCallback], tm
     assert list(saved) == [callback.state_key]
     state = saved[callback.state_key]
     assert SafetyMask.from_state_dict(state["mask"]) == mask
-    assert set(state) == {"version", "mask", "random"} | ({"before"} if kind.trains else set())
+    assert set(state) == {"version", "mask", "random", "before" if kind.trains else "chosen_at"}
 
 
 @BOTH
