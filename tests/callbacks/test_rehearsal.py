@@ -12,7 +12,6 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_safety.callbacks import SafetyPreservingAdaptation, SafetyRehearsal
-from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
 from lightning_safety.scoring import RefusalLikelihood
 from tests.callbacks.toys import (
     MakeOptimizers,
@@ -283,25 +282,3 @@ def test_another_fit_begins_anew() -> None:
     trainer = pl.Trainer(**quiet([rehearsal()]))
     trainer.fit(other, make_loader(make_batches(5)))
     assert_same_bits(again.model, other.model)
-
-
-@pytest.mark.parametrize(
-    ("every", "max_steps", "examples"), [(1, 5, 10), (2, 5, 6), ("adaptive", 5, 10), (2, -1, None)]
-)
-def test_the_objective_hears_how_many_examples_the_fit_has_time_for(
-    every: Any, max_steps: int, examples: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[int | None] = []
-
-    class Hears(TokenRows):
-        def expect(self, examples: int | None) -> None:
-            heard.append(examples)
-
-        def prepare(self, model: Any, tokenizer: Any) -> None:
-            heard.append(-1)
-
-    monkeypatch.setattr(RehearsalNeed, "begin", lambda *_: None)
-    monkeypatch.setattr(RehearsalNeed, "looks_at", lambda *_: False)
-    callback = SafetyRehearsal(every, objective=Hears(), batch_size=2, tokenizer=make_tiny_tokenizer())
-    fit(OwnModule(make_smallest_model()), [callback], steps=15, accumulate_grad_batches=3, max_steps=max_steps)
-    assert heard == [examples, -1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint keeps of a rehearsal: what the model said before it trained, which it must not be asked again."""
+"""What is asked before a fit, and what a checkpoint keeps of it: the trained model must not be asked again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_safety.callbacks import SafetyRehearsal
+from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
 from lightning_safety.monitoring import own_replies
 from tests.callbacks.toys import OwnModule, fit, make_smallest_model
+from tests.enforcement.objectives import TokenRows
 from tests.tiny import make_tiny_tokenizer
 
 REFUSAL = "I'm sorry, but I can't assist with that."
@@ -93,3 +95,25 @@ def test_a_state_from_before_the_first_look_begins_anew(monkeypatch: pytest.Monk
 def test_a_state_of_another_version_is_refused() -> None:
     with pytest.raises(ValueError, match=r"State of SafetyRehearsal expected to be version 1 but got 7"):
         rehearsal().load_state_dict({"version": 7})
+
+
+@pytest.mark.parametrize(
+    ("every", "max_steps", "examples"), [(1, 5, 10), (2, 5, 6), ("adaptive", 5, 10), (2, -1, None)]
+)
+def test_the_objective_hears_how_many_examples_the_fit_has_time_for(
+    every: Any, max_steps: int, examples: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int | None] = []
+
+    class Hears(TokenRows):
+        def expect(self, examples: int | None) -> None:
+            heard.append(examples)
+
+        def prepare(self, model: Any, tokenizer: Any) -> None:
+            heard.append(-1)
+
+    monkeypatch.setattr(RehearsalNeed, "begin", lambda *_: None)
+    monkeypatch.setattr(RehearsalNeed, "looks_at", lambda *_: False)
+    callback = SafetyRehearsal(every, objective=Hears(), batch_size=2, tokenizer=make_tiny_tokenizer())
+    fit(OwnModule(make_smallest_model()), [callback], steps=15, accumulate_grad_batches=3, max_steps=max_steps)
+    assert heard == [examples, -1]
