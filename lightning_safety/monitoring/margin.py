@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_safety.data import Example, length_buckets, pad_batch
 from lightning_safety.language import encode_example, evaluation_mode, pad_token_id
-from lightning_safety.scoring import RefusalMargin
-from lightning_safety.scoring.objective import ObjectiveBatch, first_labelled, mean_log_probability
+from lightning_safety.scoring import ObjectiveBatch, RefusalLikelihood, RefusalMargin, SafetyObjective
+from lightning_safety.scoring.objective import first_labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,13 +40,7 @@ def refusal_margin(
     if not refused:
         return None
     objective = RefusalMargin(examples=refused)
-    device = next(model.parameters()).device
-    total = 0.0
-    with evaluation_mode(model), torch.no_grad():
-        for batch in objective.batches(tokenizer, batch_size=batch_size):
-            # The objective is a loss, the mean over the examples of its batch.
-            total -= float(objective.loss(model, batch.to(device))) * batch.examples
-    return total / len(refused)
+    return _mean_score(model, objective, objective.batches(tokenizer, batch_size=batch_size))
 
 
 def opening_likelihood(
@@ -70,10 +64,19 @@ def opening_likelihood(
         first_labelled(encode_example(tokenizer, example.prompt, example.response or "", end_turn=False), tokens)
         for example in examples
     ]
-    device, total = next(model.parameters()).device, 0.0
+    batches = [
+        ObjectiveBatch(pad_batch([rows[index] for index in bucket], pad_token_id=pad_token_id(tokenizer)), len(bucket))
+        for bucket in length_buckets([len(row.input_ids) for row in rows], batch_size)
+    ]
+    return _mean_score(model, RefusalLikelihood(examples), batches)
+
+
+def _mean_score(model: nn.Module, objective: SafetyObjective, batches: Sequence[ObjectiveBatch]) -> float:
+    """Return the mean over all examples of an objective's score."""
+    device = next(model.parameters()).device
+    total = 0.0
     with evaluation_mode(model), torch.no_grad():
-        for bucket in length_buckets([len(row.input_ids) for row in rows], batch_size):
-            batch = pad_batch([rows[index] for index in bucket], pad_token_id=pad_token_id(tokenizer))
-            tensors = ObjectiveBatch(batch, len(bucket)).to(device).tensors
-            total += float(mean_log_probability(model, tensors).sum())
-    return total / len(rows)
+        for batch in batches:
+            # The objective is a loss, the mean over the examples of its batch.
+            total -= float(objective.loss(model, batch.to(device))) * batch.examples
+    return total / sum(batch.examples for batch in batches)

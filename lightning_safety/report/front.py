@@ -37,8 +37,7 @@ class Point:
         step: After how many optimizer steps.
         rates: By judge, then by name.
         perplexity: Of the task's answers: value, low, high.
-        seconds: Of training.
-        extra_time: Seconds over those of the plain arm, less 1; None without one.
+        extra_time: Seconds of training over those of the plain arm, less 1; None without one.
         share: Rehearsals per optimizer step; None where there is no rehearsal.
     """
 
@@ -46,7 +45,6 @@ class Point:
     step: int
     rates: Mapping[str, Mapping[str, Rate]]
     perplexity: tuple[float, float, float]
-    seconds: float
     extra_time: float | None
     share: float | None
 
@@ -154,7 +152,6 @@ def _points(by_arm: Mapping[str, Any]) -> list[Point]:
                     step,
                     {judge: _read_rates(rates) for judge, rates in look["rates"].items()},
                     tuple(_number(look["perplexity"][key]) for key in ("value", "low", "high")),  # type: ignore[arg-type]
-                    seconds,
                     seconds / plain[step] - 1 if plain.get(step) else None,
                     look["metrics"].get("safety/rehearsal_share"),
                 )
@@ -186,7 +183,7 @@ def _table(title: str, points: Sequence[Point], before: Point | None) -> str:
     judges = list(points[0].rates)
     heading = ["", "steps"]
     heading += [f"{words}, {judge}" for words in _RATES.values() for judge in judges]
-    heading += ["perplexity of the task's answers", "extra time, preparation included", "rehearsals a step"]
+    heading += [_COSTS[0], "extra time, preparation included", "rehearsals a step"]
     lines = [heading]
     for point in rows:
         line = [point.arm, str(point.step)]

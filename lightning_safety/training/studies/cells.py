@@ -63,11 +63,7 @@ class Cells:
         started = time.monotonic()
         self.failed = {}
         for cell in cells:
-            spent = time.monotonic() - started
-            expected = cell.estimate * self._scale(cells)
-            if self.read(cell) is not None or (
-                self.hours is not None and spent + expected > self.hours * _SECONDS_PER_HOUR
-            ):
+            if self.read(cell) is not None or self._ends_too_late(cell, cells, started):
                 continue
             begun = time.monotonic()
             try:
@@ -76,6 +72,12 @@ class Cells:
                 traceback.print_exc()
                 self.failed[cell.name] = str(error) or type(error).__name__
             print(f"{cell.name}: {time.monotonic() - begun:.0f} s", flush=True)
+
+    def _ends_too_late(self, cell: Cell, cells: Sequence[Cell], started: float) -> bool:
+        if self.hours is None:
+            return False
+        expected = cell.estimate * self._scale(cells)
+        return time.monotonic() - started + expected > self.hours * _SECONDS_PER_HOUR
 
     def plan(self, cells: Sequence[Cell]) -> str:
         """Return how many cells are complete, and about how long the others take."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -130,29 +131,26 @@ def preserve(
         borderline=load_prompts("borderline", split="test"),
         task=load_prompts("harmless", split="test"),
     )
-    fits = {
-        f"{kind}/{_data_name(share)}/{name}": partial(
-            _fit,
-            source,
-            arm,
-            at=at,
-            look=look,
-            rows=rows[share],
-            lora=kind == "lora",
-            learning_rate=arm.learning_rate * (lora_learning_rate if kind == "lora" else learning_rate),
-            batch_size=batch_size,
-            precision=precision,
-            seed=seed,
-        )
-        for kind in training
-        for share in contaminated
-        for name, arm in arms.items()
-        if kind in arm.training
-    }
     seen = {"source": str(source), "harmful": str(harmful), "prompts": prompts}
     estimate = _SECONDS_BESIDE + _SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
     cells = [Cell("before", _SECONDS_BESIDE + _SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]}, seen)]
-    cells += [Cell(name, estimate, run, seen | _settings(run.keywords, run.args[1])) for name, run in fits.items()]
+    for kind, share, (name, arm) in itertools.product(training, contaminated, arms.items()):
+        if kind not in arm.training:
+            continue
+        lora = kind == "lora"
+        options: dict[str, Any] = {
+            "at": at,
+            "learning_rate": arm.learning_rate * (lora_learning_rate if lora else learning_rate),
+            "batch_size": batch_size,
+            "precision": precision,
+            "seed": seed,
+        }
+        run = partial(_fit, source, arm, look=look, rows=rows[share], lora=lora, **options)
+        described = {
+            "callbacks": [type(callback).__name__ for callback in arm.callbacks],
+            "start_share": arm.start_share,
+        }
+        cells.append(Cell(f"{kind}/{_data_name(share)}/{name}", estimate, run, seen | options | described))
     chosen = [cell for cell in cells if only is None or cell.name.split("/")[-1] in ("before", *only)]
     runner = Cells(output / "cells", hours)
     try:
@@ -164,17 +162,7 @@ def preserve(
         raise RuntimeError(f"{len(runner.failed)} cells failed, the others are complete. {listed}")
 
 
-def _settings(keywords: dict[str, Any], arm: Arm) -> dict[str, Any]:
-    """Return what a cell is measured with beside the prompts, as a JSON file holds it."""
-    names = ("at", "learning_rate", "batch_size", "precision", "seed")
-    return {
-        **{name: keywords[name] for name in names},
-        "callbacks": [type(callback).__name__ for callback in arm.callbacks],
-        "start_share": arm.start_share,
-    }
-
-
-def _before(source: str | os.PathLike[str], look: Any) -> dict[str, Any]:
+def _before(source: str | os.PathLike[str], look: Callable[[nn.Module], dict[str, Any]]) -> dict[str, Any]:
     return {"step": 0, "training_seconds": 0.0, "metrics": {}, **look(load_causal_lm(source, dtype="float32"))}
 
 

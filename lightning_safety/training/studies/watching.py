@@ -16,7 +16,6 @@ from lightning_safety.data import Example
 from lightning_safety.language import find_language_model
 from lightning_safety.monitoring import KeywordRefusalJudge, RefusalClassifier, measure_harmfulness, perplexity
 from lightning_safety.monitoring.rates import finite_or_none
-from lightning_safety.randomness import preserved_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,17 +39,16 @@ def look_at(
         borderline: Prompts that should not.
         task: Prompts with written answers.
     """
-    with preserved_random_state():
-        found = measure_harmfulness(
-            model,
-            tokenizer,
-            # Without their refusals: the margin takes time and is not asked for.
-            [Example(example.prompt) for example in harmful],
-            borderline,
-            judges=[KeywordRefusalJudge(), RefusalClassifier()],
-            batch_size=_BATCH_SIZE,
-        )
-        task_perplexity = perplexity(model, tokenizer, task, batch_size=_BATCH_SIZE)
+    found = measure_harmfulness(
+        model,
+        tokenizer,
+        # Without their refusals: the margin takes time and is not asked for.
+        [Example(example.prompt) for example in harmful],
+        borderline,
+        judges=[KeywordRefusalJudge(), RefusalClassifier()],
+        batch_size=_BATCH_SIZE,
+    )
+    task_perplexity = perplexity(model, tokenizer, task, batch_size=_BATCH_SIZE)
     for judge, rates in found.rates.items():
         print(f"{judge}: attack success {rates['attack_success_rate']}, over-refusal {rates['over_refusal_rate']}")
     rates_by_judge = {
@@ -110,19 +108,6 @@ class LookingOn(pl.Callback):
         self.found.append({"step": step, "training_seconds": seconds, "metrics": metrics, **found})
         print(f"Looked after step {step}: {seconds:.0f} s of training so far.", flush=True)
         self._spent += time.perf_counter() - begun
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Let the start weights go."""
-        self._start = {}
-
-    def on_exception(
-        self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        pl_module: pl.LightningModule,  # noqa: ARG002
-        exception: BaseException,  # noqa: ARG002
-    ) -> None:
-        """Let the start weights go; Lightning calls no other hook after an error."""
-        self._start = {}
 
     @contextmanager
     def _mixed(self, model: nn.Module) -> Iterator[None]:
