@@ -4,19 +4,14 @@
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lightning_safety import commands
 from lightning_safety.arguments import closest
+from lightning_safety.options import SuggestingParser, gather_lists
 from lightning_safety.recipes import recipe_command
-
-try:
-    from jsonargparse import ArgumentParser
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("The command line needs jsonargparse: pip install 'lightning-safety[cli]'.") from error
 
 # Commands that train are LightningCLI's own; the others are functions whose arguments become options.
 TRAINING = ("fit", "validate", "test", "study")
@@ -48,19 +43,6 @@ SUMMARIES = {
 
 # What a wrong argument or file raises; anything else is a defect and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError)
-
-
-class SuggestingParser(ArgumentParser):
-    """An argument parser that names the closest option when one is unknown."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Add the closest option names to a message about unknown ones."""
-        unknown = re.findall(r"--([\w.-]+)", message) if "nrecognized" in message or "not accepted" in message else []
-        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        for option in unknown:
-            message += f" {closest(f'--{option}', known)}"
-        super().error(message, ex)
-        raise AssertionError("ArgumentParser.error returns never")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,7 +92,7 @@ def _call(name: str, words: list[str]) -> None:
         required = output.default is inspect.Parameter.empty
         default = None if required else output.default
         parser.add_argument("-o", "--output", type=str | None, required=required, default=default, help="Target.")
-    _report_errors(function, **_options(parser, _gathered(function, words)))
+    _report_errors(function, **_options(parser, gather_lists(function, words)))
 
 
 def _report_errors(function: Callable[..., None], *arguments: Any, **options: Any) -> None:
@@ -120,29 +102,10 @@ def _report_errors(function: Callable[..., None], *arguments: Any, **options: An
         _fail(1, str(error))
 
 
-def _options(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
+def _options(parser: SuggestingParser, words: list[str]) -> dict[str, Any]:
     options = parser.parse_args(words).as_dict()
     options.pop("config", None)
     return options
-
-
-def _gathered(function: Callable[..., None], words: list[str]) -> list[str]:
-    """Return the words so that several may follow an option that takes a list of texts: ``--compare A B``."""
-    parameters = inspect.signature(function).parameters.values()
-    lists = {f"--{parameter.name}" for parameter in parameters if "list[str]" in str(parameter.annotation)}
-    found: list[str] = []
-    option = ""
-    for word in words:
-        name, _, value = word.partition("=")
-        if word.startswith("-"):
-            option = name if name in lists else ""
-        if not option:
-            found.append(word)
-        elif word != option:
-            # A list in brackets is YAML; to a single text jsonargparse appends by a plus sign.
-            one = value if word.startswith("-") else word
-            found.append(f"{option}={one}" if one.startswith("[") else f"{option}+={one}")
-    return found
 
 
 def _run_recipe(words: list[str]) -> None:

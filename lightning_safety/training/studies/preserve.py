@@ -19,6 +19,7 @@ from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.data import Example, load_prompts
 from lightning_safety.language import load_causal_lm, load_tokenizer
 from lightning_safety.monitoring import PromptSource, read_prompts
+from lightning_safety.monitoring.sets import spread
 from lightning_safety.report.front import write_front
 from lightning_safety.training.data_module import InstructionDataModule
 from lightning_safety.training.module import CausalLanguageModule
@@ -216,9 +217,7 @@ def _rows(share: float) -> list[Example]:
             f"`contaminated` expected shares of 1 to {len(harmful)} rows beside {len(task)} but {share} makes {count}."
             " Pass for instance 0.05."
         )
-    # Spread over the set, which is sorted by category.
-    drawn = [harmful[index * len(harmful) // count] for index in range(count)]
-    return task + [Example(example.prompt, _COMPLIANCE) for example in drawn]
+    return task + [Example(example.prompt, _COMPLIANCE) for example in spread(harmful, count)]
 
 
 def _data_name(share: float) -> str:
