@@ -85,7 +85,10 @@ def test_a_misspelt_key_of_a_study_is_refused(name, capsys):
 @pytest.mark.parametrize("name", STUDIES)
 def test_options_of_a_study_take_several_words_and_suggest_the_closest(name, capsys):
     _, study, *words = recipe_command(name)
-    assert parse_study(study, [*words, "--source=somewhere", "--only", "plain", "slower"])["only"] == ["plain", "slower"]
+    assert parse_study(study, [*words, "--source=somewhere", "--only", "plain", "slower"])["only"] == [
+        "plain",
+        "slower",
+    ]
     with pytest.raises(SystemExit):
         parse_study(study, [*words, "--sorce=somewhere"])
     assert "Did you mean `--source`" in capsys.readouterr().err
