@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from lightning_safety import commands
 from lightning_safety.arguments import closest
-from lightning_safety.options import SuggestingParser, gather_lists
+from lightning_safety.options import parser_of, read_options
 from lightning_safety.recipes import recipe_command
 
 # Commands that train are LightningCLI's own; the others are functions whose arguments become options.
@@ -83,16 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _call(name: str, words: list[str]) -> None:
     """Parse `words` by the signature of a command's function, and call it."""
     function = FUNCTIONS[name]
-    parser = SuggestingParser(prog=f"lightning-safety {name}", description=SUMMARIES[name])
-    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     output = inspect.signature(function).parameters.get("output")
     skip: set[str | int] | None = {"output"} if output else None
-    parser.add_function_arguments(function, as_group=False, as_positional=name not in NAMED, skip=skip)
+    parser = parser_of(function, name, description=SUMMARIES[name], as_positional=name not in NAMED, skip=skip)
     if output is not None:
         required = output.default is inspect.Parameter.empty
         default = None if required else output.default
         parser.add_argument("-o", "--output", type=str | None, required=required, default=default, help="Target.")
-    _report_errors(function, **_options(parser, gather_lists(function, words)))
+    _report_errors(function, **read_options(parser, function, words))
 
 
 def _report_errors(function: Callable[..., None], *arguments: Any, **options: Any) -> None:
@@ -100,12 +98,6 @@ def _report_errors(function: Callable[..., None], *arguments: Any, **options: An
         function(*arguments, **options)
     except USER_ERRORS as error:
         _fail(1, str(error))
-
-
-def _options(parser: SuggestingParser, words: list[str]) -> dict[str, Any]:
-    options = parser.parse_args(words).as_dict()
-    options.pop("config", None)
-    return options
 
 
 def _run_recipe(words: list[str]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning_safety.arguments import closest
 
@@ -29,18 +29,45 @@ class SuggestingParser(ArgumentParser):
         raise AssertionError("ArgumentParser.error returns never")
 
 
-def gather_lists(function: Callable[..., None], words: Sequence[str]) -> list[str]:
-    """Return the words so that several may follow an option that takes a list of texts: ``--compare A B``.
+def parser_of(
+    function: Callable[..., None],
+    command: str,
+    *,
+    description: str | None = None,
+    as_positional: bool = False,
+    skip: set[str | int] | None = None,
+) -> SuggestingParser:
+    """Return a parser whose options are a function's arguments, and ``--config`` for a file of them.
 
     Args:
-        function: Its parameters are the options; those annotated as lists of texts may be followed by several words.
-        words: Of a command line.
-
-    Example:
-        >>> def compare(names: list[str]) -> None: ...
-        >>> gather_lists(compare, ["--names", "a", "b"])
-        ['--names+=a', '--names+=b']
+        function: What the command runs.
+        command: The words after ``lightning-safety``.
+        description: What its help opens with.
+        as_positional: Whether arguments without a default are words of their own, without an option's name.
+        skip: Arguments to leave out.
     """
+    parser = SuggestingParser(prog=f"lightning-safety {command}", description=description)
+    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
+    parser.add_function_arguments(function, as_group=False, as_positional=as_positional, skip=skip)
+    return parser
+
+
+def read_options(parser: SuggestingParser, function: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a function by the words of a command line; classes named in them are instantiated.
+
+    Several words may follow an option that takes a list of texts: ``--compare A B``.
+
+    Args:
+        parser: What `parser_of` returned for `function`.
+        function: What the command runs.
+        words: The command's options.
+    """
+    options: dict[str, Any] = parser.instantiate_classes(parser.parse_args(_gather_lists(function, words))).as_dict()
+    options.pop("config", None)
+    return options
+
+
+def _gather_lists(function: Callable[..., None], words: Sequence[str]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     lists = {f"--{parameter.name}" for parameter in parameters if "list[str]" in str(parameter.annotation)}
     found: list[str] = []

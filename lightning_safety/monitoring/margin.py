@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lightning_safety.data import Example, length_buckets, pad_batch
-from lightning_safety.language import encode_example, evaluation_mode, pad_token_id
+from lightning_safety.data import Example
+from lightning_safety.language import encode_example, evaluation_mode
 from lightning_safety.scoring import ObjectiveBatch, RefusalLikelihood, RefusalMargin, SafetyObjective
-from lightning_safety.scoring.objective import first_labelled
+from lightning_safety.scoring.objective import batches_by_length, first_labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,10 +64,7 @@ def opening_likelihood(
         first_labelled(encode_example(tokenizer, example.prompt, example.response or "", end_turn=False), tokens)
         for example in examples
     ]
-    batches = [
-        ObjectiveBatch(pad_batch([rows[index] for index in bucket], pad_token_id=pad_token_id(tokenizer)), len(bucket))
-        for bucket in length_buckets([len(row.input_ids) for row in rows], batch_size)
-    ]
+    batches = batches_by_length(rows, tokenizer, batch_size)
     return _mean_score(model, RefusalLikelihood(examples), batches)
 
 

@@ -170,12 +170,7 @@ class RefusalLikelihood(ExampleObjective):
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
         """Return the examples in batches of similar length, padded on the right."""
         rows = [encode_example(tokenizer, prompt, response) for prompt, response in self._load_pairs()]
-        buckets = length_buckets([len(row.input_ids) for row in rows], batch_size)
-        padding = pad_token_id(tokenizer)
-        return [
-            ObjectiveBatch(pad_batch([rows[index] for index in bucket], pad_token_id=padding), len(bucket))
-            for bucket in buckets
-        ]
+        return batches_by_length(rows, tokenizer, batch_size)
 
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
         """Return the mean over examples of the mean negative log-probability per response token."""
@@ -248,6 +243,17 @@ def mean_log_probability(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor
     """Return the mean log-probability per labelled token of each row. float32 [rows]."""
     sums, counts = response_log_probabilities(model, tensors)
     return sums / counts
+
+
+def batches_by_length(
+    rows: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[ObjectiveBatch]:
+    """Return all rows in batches of similar length, padded on the right."""
+    padding = pad_token_id(tokenizer)
+    return [
+        ObjectiveBatch(pad_batch([rows[index] for index in bucket], pad_token_id=padding), len(bucket))
+        for bucket in length_buckets([len(row.input_ids) for row in rows], batch_size)
+    ]
 
 
 def first_labelled(row: TokenizedExample, count: int) -> TokenizedExample:

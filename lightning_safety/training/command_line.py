@@ -14,7 +14,7 @@ from lightning_utilities.core.imports import module_available
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_safety.arguments import check_choice
-from lightning_safety.options import SuggestingParser, gather_lists
+from lightning_safety.options import parser_of, read_options
 from lightning_safety.recipes import recipe_path
 from lightning_safety.training.precision import fast_precision
 from lightning_safety.training.studies import preserve
@@ -121,13 +121,9 @@ def parse_study(name: str, words: Sequence[str]) -> dict[str, Any]:
         ValueError: There is no such study.
     """
     check_choice(name, "study", list(STUDIES))
-    parser = SuggestingParser(prog=f"lightning-safety study {name}")
-    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
-    parser.add_function_arguments(STUDIES[name], as_group=False, as_positional=False)
-    config = parser.parse_args(["--config", str(recipe_path(f"studies/{name}")), *gather_lists(STUDIES[name], words)])
-    options: dict[str, Any] = parser.instantiate_classes(config).as_dict()
-    options.pop("config")
-    return options
+    function = STUDIES[name]
+    defaults = ["--config", str(recipe_path(f"studies/{name}"))]
+    return read_options(parser_of(function, f"study {name}"), function, [*defaults, *words])
 
 
 def _logger(name: str, folder: str, log_folder: str) -> dict[str, Any]:
