@@ -6,11 +6,11 @@ Nothing is sent where there is one process: its share is everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
-from torch import distributed
+from torch import Tensor, distributed
 
 Item = TypeVar("Item")
 
@@ -87,6 +87,21 @@ def gather_shares(share: Sequence[Item]) -> list[Item]:
 def from_first(value: Item) -> Item:
     """Return the first process's value in every process, for what all must decide alike; as for `gather`."""
     return gather(value)[0]
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over processes, the same bits in all. Every process must call it, with as many.
+
+    Raises:
+        OtherProcessError: Another process failed in `together`.
+    """
+    if world_size() == 1:
+        return
+    # None must wait for one that failed.
+    gather(None)
+    works = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+    for work in works:
+        work.wait()
 
 
 def check_alike(value: object, name: str, remedy: str) -> None:

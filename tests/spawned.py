@@ -25,6 +25,21 @@ def run_in_processes(folder: Path, work: Callable[[], Any], *, processes: int = 
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
+def run_although_one_dies(folder: Path, work: Callable[[], Any], *, survivor: int = 0) -> Any:
+    """Return what `work` returned or raised in one of two processes, of which the other may end before.
+
+    Args:
+        folder: An empty one, for this call alone.
+        work: What to run.
+        survivor: The number of the process to wait for, a minute at most.
+    """
+    started: Any = multiprocessing.spawn(_run, args=(folder, work, 2), nprocs=2, join=False)
+    started.processes[survivor].join(60)
+    for process in started.processes:
+        process.kill()
+    return torch.load(folder / f"{survivor}.pt", weights_only=False)
+
+
 def _run(rank: int, folder: Path, work: Callable[[], Any], processes: int) -> None:
     torch.set_num_threads(1)
     # One that waits for another that has gone must end, with an error.

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,6 +119,8 @@ class WeightChoice:
             include=self.include,
             exclude=self.exclude,
             mixture=self.mixture,
+            # All of them are here, one or several.
+            over_processes=True,
             show_progress=self.show_progress,
         )
 
@@ -189,10 +190,7 @@ class GivenMask:
             return self.path.name
         if self._mask is None:
             return None
-        digest = hashlib.sha256(self._mask.fingerprint.encode())
-        for indices in self._mask.indices.values():
-            digest.update(indices.numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return self._mask.digest[:12]
 
     def read(self) -> SafetyMask | None:
         """Return the mask, or None where none was given.

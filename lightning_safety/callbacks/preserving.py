@@ -38,7 +38,8 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
 
     A resumed fit holds the weights of the fit it resumes and scores nothing; its random numbers continue where the
     checkpoint was saved. Another ``fit`` with the same callback is a new fit and scores again, unless a mask is given.
-    ``validate``, ``test`` and ``predict`` are left alone. Runs on a single device.
+    ``validate``, ``test`` and ``predict`` are left alone. Runs on a single device and under DDP, where the processes
+    share out the prompts to score.
 
     Under LoRA, frozen or quantised base or not, the adapters' product is taken out where weights are held, so that the
     effective weight does not move. That stays part of the model after the fit: save it with `save_held_adapter`, merge

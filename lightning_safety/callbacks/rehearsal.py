@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_safety.callbacks.log import fill_callback_metrics
 from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
 from lightning_safety.callbacks.resume import (
+    CallbackWithRandomness,
     ResumedRandomness,
     check_state_version,
     warn_of_loaders_that_start_over,
@@ -40,7 +41,7 @@ _STATE_VERSION = 1
 _STRATEGIES = ("DDPStrategy", "ModelParallelStrategy")
 
 
-class SafetyRehearsal(pl.Callback):
+class SafetyRehearsal(CallbackWithRandomness):
     """Keeps a model safe while it is fine-tuned, by rehearsing refusals and answers on a few examples now and then.
 
     Before an optimizer's step the gradient of a safety loss on a small rotating batch is mixed into the task's, after
@@ -198,8 +199,8 @@ class SafetyRehearsal(pl.Callback):
                 assert self._tokenizer is not None
                 self.rehearsal.prepare(self._model, self._tokenizer, self._restored["objective"])
             self._steps = dict(self._restored["steps"])
-            self._rehearsals, self._conflicts = self._restored["rehearsals"], self._restored["conflicts"]
-            self._seconds = self._restored["seconds"]
+            done = (self._restored[key] for key in ("rehearsals", "conflicts", "seconds"))
+            self._rehearsals, self._conflicts, self._seconds = done
             warn_of_loaders_that_start_over(trainer)
         if not any(self._reaches(pl_module, optimizer) for optimizer in trainer.optimizers):
             raise ValueError(

@@ -9,8 +9,24 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_safety.processes import gather, rank, world_size
 from lightning_safety.randomness import restore_random_state
 from lightning_safety.scoring import SafetyObjective
+
+
+class CallbackWithRandomness(pl.Callback):
+    """A callback whose state holds, under ``random``, that of the random number generators of all processes."""
+
+    def on_save_checkpoint(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Add the states of other processes: what Lightning saves is the first one's, and each draws other numbers."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state and world_size() > 1:
+            state["random"] = gather(state["random"])
 
 
 class ResumedRandomness:
@@ -25,17 +41,34 @@ class ResumedRandomness:
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
 
-    def at_fit_start(self, state: dict[str, Any] | None) -> None:
-        """Restore `state`, of `capture_random_state`, as the last thing in ``on_fit_start``. None: not resumed."""
-        self._state = state
-        if state is not None:
-            restore_random_state(state)
+    def at_fit_start(self, state: dict[str, Any] | list[dict[str, Any]] | None) -> None:
+        """Restore a state as the last thing in ``on_fit_start``.
+
+        Args:
+            state: Of `capture_random_state`, or such of all processes. None: not resumed.
+        """
+        self._state = None if state is None else _own_state(state)
+        if self._state is not None:
+            restore_random_state(self._state)
 
     def at_train_start(self, trainer: pl.Trainer) -> None:
         """Restore it again in ``on_train_start``, if an epoch is continued."""
         if self._state is not None and continues_epoch(trainer):
             restore_random_state(self._state)
         self._state = None
+
+
+def _own_state(state: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Any] | None:
+    states = state if isinstance(state, list) else [state]
+    if len(states) == world_size():
+        return states[rank()]
+    if rank() == 0:
+        warnings.warn(
+            f"The checkpoint was saved by {len(states)} process(es) and is resumed by {world_size()}: random numbers do"
+            " not continue those of the fit that saved it.",
+            stacklevel=4,
+        )
+    return None
 
 
 def check_state_version(callback: object, state: Mapping[str, Any], version: int) -> None:

@@ -15,10 +15,16 @@ from torch import nn
 
 from lightning_safety.callbacks.choice import GivenMask, Method, WeightChoice
 from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
-from lightning_safety.callbacks.resume import ResumedRandomness, check_state_version, warn_of_loaders_that_start_over
+from lightning_safety.callbacks.resume import (
+    CallbackWithRandomness,
+    ResumedRandomness,
+    check_state_version,
+    warn_of_loaders_that_start_over,
+)
 from lightning_safety.callbacks.strategies import check_strategy
 from lightning_safety.callbacks.together import check_together, held_fraction, number_of_weights
 from lightning_safety.language import find_language_model, find_tokenizer
+from lightning_safety.processes import check_alike, together
 from lightning_safety.randomness import capture_random_state
 from lightning_safety.scoring import SafetyMask
 from lightning_safety.scoring.expert_shares import expert_summary
@@ -26,7 +32,7 @@ from lightning_safety.scoring.expert_shares import expert_summary
 _STATE_VERSION = 1
 
 
-class SelectedWeightsCallback(pl.Callback, ABC):
+class SelectedWeightsCallback(CallbackWithRandomness, ABC):
     """Chooses weights at the start of a fit and does something with them until its end.
 
     All such callbacks of a trainer choose before the first of them acts, so that what they choose and every error is
@@ -113,7 +119,7 @@ class SelectedWeightsCallback(pl.Callback, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse strategies that are not supported. Nothing happens outside a fit."""
         if stage == "fit":
-            check_strategy(trainer, self)
+            check_strategy(trainer, self, several=("DDPStrategy",))
             self._end()
             self._begin()
 
@@ -140,8 +146,9 @@ class SelectedWeightsCallback(pl.Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the weights, unless a checkpoint says which, and begin to act on them."""
         siblings = _siblings(trainer)
-        for callback in siblings:
-            callback._choose(trainer, pl_module)
+        with together("Choosing weights"):
+            for callback in siblings:
+                callback._choose(trainer, pl_module)
         check_together(siblings)
         # Weights that a callback trains beside the base may be all that trains.
         trains = any(callback.trains for callback in siblings)
@@ -195,6 +202,7 @@ class SelectedWeightsCallback(pl.Callback, ABC):
             started = time.perf_counter()
             mask = self.choice.mask(model, lambda: self._find_tokenizer(trainer), quick=not leaves_files(trainer))
             self._seconds = time.perf_counter() - started
+        check_alike(mask.digest, "mask", "Give every process the same file, and the same model.")
         mask.check_model(model)
         if not mask.count:
             raise ValueError("`mask` expected to select weights but it selects none. Select some, or leave it out.")

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ from lightning_safety.language.quantized import (
     quantized_layers,
     weight_shape,
 )
+from lightning_safety.processes import check_alike, share_of, sum_over_processes, together
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.experts import unscore_unreached
@@ -47,6 +49,7 @@ def expected_safety_impact(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     mixture: MixtureLayout | None = None,
+    over_processes: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     r"""Score every weight by the Expected Safety Impact (ESI).
@@ -75,6 +78,8 @@ def expected_safety_impact(
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
         mixture: Where the experts and routers of a mixture of experts are. Default: by a table of model families.
+        over_processes: Whether the processes of torch's default group call this together, each with a copy of the same
+            model and on its own device: they share out the examples, and all return the same scores.
         show_progress: Whether a bar shows where this takes over two seconds.
 
     Returns:
@@ -85,9 +90,9 @@ def expected_safety_impact(
     Raises:
         ValueError: An argument is not one of its choices, a pattern matches nothing, or the model has no weights that
             can be scored (sharded, without data, quantised by something else than bitsandbytes or repacked by it), or
-            has experts and neither its family nor `mixture` says where.
+            has experts and neither its family nor `mixture` says where. Processes have different examples.
         RuntimeError: The loss or a gradient is not finite (the message names batch and tensor), the loss does not
-            depend on the weights, or the model uses reentrant gradient checkpointing.
+            depend on the weights, or the model uses reentrant gradient checkpointing. Another process failed.
 
     Example:
         >>> from lightning_safety.scoring import RefusalMargin
@@ -100,7 +105,9 @@ def expected_safety_impact(
     check_choice(scale, "scale", get_args(Scale))
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     absolute = reduction == "absolute"
-    scores = _objective_gradients(model, objective, tokenizer, weights, batch_size, absolute, show_progress)
+    scores = _objective_gradients(
+        model, objective, tokenizer, weights, batch_size, absolute, show_progress, over_processes
+    )
     unscore_unreached(scores, find_mixture(model, mixture))
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
     for name, weight in weights.items():
@@ -141,6 +148,7 @@ def _objective_gradients(
     batch_size: int,
     absolute: bool,
     show_progress: bool,
+    over_processes: bool = False,
 ) -> dict[str, Tensor]:
     check_positive(batch_size, "batch_size")
     keep_unpacked(model)
@@ -149,7 +157,9 @@ def _objective_gradients(
         batches = objective.batches(tokenizer, batch_size=1 if absolute else batch_size)
         if not batches:
             raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")
-        return _mean_gradients(model, objective, batches, weights, absolute, show_progress)
+        if over_processes:
+            check_alike(_digest(batches), "objective", "Give every process the same prompts, in the same order.")
+        return _mean_gradients(model, objective, batches, weights, absolute, show_progress, over_processes)
 
 
 def _mean_gradients(
@@ -159,6 +169,7 @@ def _mean_gradients(
     weights: dict[str, nn.Parameter],
     absolute: bool,
     show_progress: bool,
+    over_processes: bool,
 ) -> dict[str, Tensor]:
     """Return the mean over examples of the loss gradients, or of their absolute values. float32, by name."""
     device = next(iter(weights.values())).device
@@ -173,8 +184,11 @@ def _mean_gradients(
         # What is not finite stays so in the sum, which is there to be looked at again.
         finite[name] = has_finite_norm(sums[name].add_(gradient.abs() if absolute else gradient, alpha=examples))
 
-    with exact_inputs(model), WeightGradients(model, weights, add) as gradients:
-        for number, batch in enumerate(track(batches, "Scoring weights", enabled=show_progress), start=1):
+    numbered = list(enumerate(batches, start=1))
+    share = share_of(numbered) if over_processes else numbered
+    alone = together("Scoring weights") if over_processes else nullcontext()
+    with alone, exact_inputs(model), WeightGradients(model, weights, add) as gradients:
+        for number, batch in track(share, "Scoring weights", enabled=show_progress):
             place = f"batch {number} of {len(batches)}"
             if absolute and batch.examples != 1:
                 raise ValueError(
@@ -187,6 +201,8 @@ def _mean_gradients(
             finite.clear()
             gradients.backward(loss)
             _check_gradients(finite, sums, loss, place)
+    if over_processes:
+        sum_over_processes(sums.values())
     if not any(bool(total.any()) for total in sums.values()):
         raise RuntimeError("The gradient of `objective` is zero for every weight: there is nothing to rank them by.")
     total_examples = sum(batch.examples for batch in batches)
@@ -211,6 +227,15 @@ def _check_gradients(finite: dict[str, Tensor], sums: dict[str, Tensor], loss: T
                 f"The gradient of `{name}` is not finite in {place}, although the loss is {float(loss.detach()):g}."
                 " Score the model in float32 or bfloat16."
             )
+
+
+def _digest(batches: Sequence[ObjectiveBatch]) -> str:
+    """Return a digest of all that batches hold."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in batch.tensors.items():
+            digest.update(f"{batch.examples} {name} {tensor.dtype} {list(tensor.shape)} {tensor.tolist()}".encode())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -75,14 +75,14 @@ def _fit_process(
         "LOCAL_RANK": str(rank),
     }
     torch.set_num_threads(1)
-    steps = options.pop("steps")
+    steps, resumed = options.pop("steps"), options.pop("ckpt_path", None)
     chosen: Any = strategy
     if strategy == "fsdp2":
         chosen = ModelParallelStrategy(data_parallel_size=PROCESSES, tensor_parallel_size=1)
     module = make_module()
     settings = quiet(make_callbacks(), **options) | {"devices": PROCESSES, "strategy": chosen}
     rows = make_batches(steps * PROCESSES)[rank::PROCESSES]
-    pl.Trainer(**settings, use_distributed_sampler=False).fit(module, make_loader(rows))
+    pl.Trainer(**settings, use_distributed_sampler=False).fit(module, make_loader(rows), ckpt_path=resumed)
     weights = {
         name: weight.detach().full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
         for name, weight in module.model.named_parameters()
