@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions that run in several processes on the CPU, as one process group, and what each returned or raised there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing
+
+
+def run_in_processes(folder: Path, work: Callable[[], Any], *, processes: int = 2) -> list[Any]:
+    """Return what `work`, which must be picklable, returned in each process, or the text of the error it raised.
+
+    Args:
+        folder: An empty one, for this call alone.
+        work: What to run.
+        processes: How many.
+    """
+    multiprocessing.spawn(_run, args=(folder, work, processes), nprocs=processes)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def _run(rank: int, folder: Path, work: Callable[[], Any], processes: int) -> None:
+    torch.set_num_threads(1)
+    # One that waits for another that has gone must end, with an error.
+    distributed.init_process_group(
+        "gloo",
+        init_method=(folder / "meeting").as_uri(),
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        found = work()
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    torch.save(found, folder / f"{rank}.pt")
+    with contextlib.suppress(Exception):
+        distributed.barrier()
+    distributed.destroy_process_group()
