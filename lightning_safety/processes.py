@@ -6,13 +6,14 @@ Nothing is sent where there is one process: its share is everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, distributed
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # What a process sends: a value, that it has come to the end of `together`, or how it failed there.
 _Message = tuple[Literal["value", "done", "failed"], Any]
@@ -82,6 +83,23 @@ def gather_shares(share: Sequence[Item]) -> list[Item]:
             " Share out the same items in every process, and return one result for each."
         )
     return [shares[index % len(shares)][index // len(shares)] for index in range(number)]
+
+
+def map_in_rounds(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Yield the function's results in order; in each round every process computes one, and all hear of all.
+
+    For results that are too large to wait for all of them. Every process must take them all.
+
+    Args:
+        function: Computes what `gather` can send.
+        items: The same in every process.
+
+    Example:
+        >>> list(map_in_rounds(str.upper, ["a", "b", "c"]))
+        ['A', 'B', 'C']
+    """
+    for start in range(0, len(items), world_size()):
+        yield from gather_shares([function(item) for item in share_of(items[start : start + world_size()])])
 
 
 def from_first(value: Item) -> Item:

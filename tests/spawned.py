@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,17 @@ def run_although_one_dies(folder: Path, work: Callable[[], Any], *, survivor: in
 
 def _run(rank: int, folder: Path, work: Callable[[], Any], processes: int) -> None:
     torch.set_num_threads(1)
+    # What torchrun sets, so that a Trainer in `work` takes itself for one of its processes.
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
     # One that waits for another that has gone must end, with an error.
     distributed.init_process_group(
         "gloo",

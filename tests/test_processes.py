@@ -16,6 +16,7 @@ from lightning_safety.processes import (
     from_first,
     gather,
     gather_shares,
+    map_in_rounds,
     rank,
     share_of,
     together,
@@ -115,6 +116,7 @@ def _work() -> dict[str, Any]:
         "processes": (rank(), world_size()),
         "shares": [share_of(range(number)) for number in NUMBERS],
         "together": [gather_shares([item * 10 for item in share_of(range(number))]) for number in NUMBERS],
+        "rounds": [list(map_in_rounds(lambda item: item * 10, range(number))) for number in NUMBERS],
         "gathered": gather(f"of {rank()}"),
         "first": from_first(rank()),
         "alike": _outcome(lambda: check_alike([1, 2], "prompts", "Copy them.")),
@@ -148,6 +150,7 @@ def test_work_is_shared_out_and_comes_back_in_order(found: list[Any]) -> None:
     ]
     for one in found:
         assert one["together"] == [[item * 10 for item in range(number)] for number in NUMBERS]
+        assert one["rounds"] == one["together"]
         assert one["gathered"] == ["of 0", "of 1", "of 2"]
         assert one["first"] == 0
         assert one["after"] == [0, 1, 2]
