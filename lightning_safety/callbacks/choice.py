@@ -120,7 +120,7 @@ class WeightChoice:
             exclude=self.exclude,
             mixture=self.mixture,
             # All of them are here, one or several.
-            over_processes=True,
+            shared=True,
             show_progress=self.show_progress,
         )
 

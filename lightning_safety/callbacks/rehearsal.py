@@ -24,7 +24,7 @@ from lightning_safety.callbacks.resume import (
     warn_of_lost_objective,
 )
 from lightning_safety.callbacks.scaling import gradient_scales
-from lightning_safety.callbacks.strategies import check_strategy
+from lightning_safety.callbacks.strategies import REPLICATED, check_strategy
 from lightning_safety.enforcement.optimizers import optimized_parameters
 from lightning_safety.enforcement.rehearsal import Rehearsal, RehearsalMode
 from lightning_safety.language import find_language_model, find_tokenizer
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _STATE_VERSION = 1
-_STRATEGIES = ("DDPStrategy", "ModelParallelStrategy")
+_STRATEGIES = (*REPLICATED, "ModelParallelStrategy")
 
 
 class SafetyRehearsal(CallbackWithRandomness):

@@ -21,7 +21,7 @@ from lightning_safety.callbacks.resume import (
     check_state_version,
     warn_of_loaders_that_start_over,
 )
-from lightning_safety.callbacks.strategies import check_strategy
+from lightning_safety.callbacks.strategies import REPLICATED, check_strategy
 from lightning_safety.callbacks.together import check_together, held_fraction, number_of_weights
 from lightning_safety.language import find_language_model, find_tokenizer
 from lightning_safety.processes import check_alike, together
@@ -119,7 +119,7 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse strategies that are not supported. Nothing happens outside a fit."""
         if stage == "fit":
-            check_strategy(trainer, self, several=("DDPStrategy",))
+            check_strategy(trainer, self, several=REPLICATED)
             self._end()
             self._begin()
 

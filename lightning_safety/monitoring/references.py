@@ -46,8 +46,8 @@ def gradient_bases(
         exclude: Leave out those whose names match one of these.
         mixture: Where the experts and routers of a mixture of experts are, if its family is not known.
         show_progress: Whether to show bars.
-        shared: Whether the processes of the group, which hold the same weights, share the matrices. Then every process
-            must call this; the bases are the first one's alone, the others get none.
+        shared: Whether the processes of the group, which hold the same weights, share examples and matrices. Then every
+            process must call this; the bases are the first one's alone, the others get none.
 
     Returns:
         float32 [rows, rank], on the CPU; of fused experts one for each, under ``name[number]``.
@@ -60,6 +60,7 @@ def gradient_bases(
         include=include,
         exclude=exclude,
         mixture=mixture,
+        shared=shared,
         show_progress=show_progress,
     )
 

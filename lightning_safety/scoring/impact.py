@@ -49,7 +49,7 @@ def expected_safety_impact(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     mixture: MixtureLayout | None = None,
-    over_processes: bool = False,
+    shared: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     r"""Score every weight by the Expected Safety Impact (ESI).
@@ -78,7 +78,7 @@ def expected_safety_impact(
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
         mixture: Where the experts and routers of a mixture of experts are. Default: by a table of model families.
-        over_processes: Whether the processes of torch's default group call this together, each with a copy of the same
+        shared: Whether the processes of torch's default group call this together, each with a copy of the same
             model and on its own device: they share out the examples, and all return the same scores.
         show_progress: Whether a bar shows where this takes over two seconds.
 
@@ -105,9 +105,7 @@ def expected_safety_impact(
     check_choice(scale, "scale", get_args(Scale))
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     absolute = reduction == "absolute"
-    scores = _objective_gradients(
-        model, objective, tokenizer, weights, batch_size, absolute, show_progress, over_processes
-    )
+    scores = _objective_gradients(model, objective, tokenizer, weights, batch_size, absolute, show_progress, shared)
     unscore_unreached(scores, find_mixture(model, mixture))
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
     for name, weight in weights.items():
@@ -127,6 +125,7 @@ def mean_gradients(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     mixture: MixtureLayout | None = None,
+    shared: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     """Return the gradient of the objective's loss, the mean over examples, for every weight that can be scored.
@@ -137,7 +136,7 @@ def mean_gradients(
         By canonical name, float32, on the weight's device and of its shape in the layer.
     """
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
-    return _objective_gradients(model, objective, tokenizer, weights, batch_size, False, show_progress)
+    return _objective_gradients(model, objective, tokenizer, weights, batch_size, False, show_progress, shared)
 
 
 def _objective_gradients(
@@ -148,7 +147,7 @@ def _objective_gradients(
     batch_size: int,
     absolute: bool,
     show_progress: bool,
-    over_processes: bool = False,
+    shared: bool,
 ) -> dict[str, Tensor]:
     check_positive(batch_size, "batch_size")
     keep_unpacked(model)
@@ -157,9 +156,9 @@ def _objective_gradients(
         batches = objective.batches(tokenizer, batch_size=1 if absolute else batch_size)
         if not batches:
             raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")
-        if over_processes:
+        if shared:
             check_alike(_digest(batches), "objective", "Give every process the same prompts, in the same order.")
-        return _mean_gradients(model, objective, batches, weights, absolute, show_progress, over_processes)
+        return _mean_gradients(model, objective, batches, weights, absolute, show_progress, shared)
 
 
 def _mean_gradients(
@@ -169,7 +168,7 @@ def _mean_gradients(
     weights: dict[str, nn.Parameter],
     absolute: bool,
     show_progress: bool,
-    over_processes: bool,
+    shared: bool,
 ) -> dict[str, Tensor]:
     """Return the mean over examples of the loss gradients, or of their absolute values. float32, by name."""
     device = next(iter(weights.values())).device
@@ -185,8 +184,8 @@ def _mean_gradients(
         finite[name] = has_finite_norm(sums[name].add_(gradient.abs() if absolute else gradient, alpha=examples))
 
     numbered = list(enumerate(batches, start=1))
-    share = share_of(numbered) if over_processes else numbered
-    alone = together("Scoring weights") if over_processes else nullcontext()
+    share = share_of(numbered) if shared else numbered
+    alone = together("Scoring weights") if shared else nullcontext()
     with alone, exact_inputs(model), WeightGradients(model, weights, add) as gradients:
         for number, batch in track(share, "Scoring weights", enabled=show_progress):
             place = f"batch {number} of {len(batches)}"
@@ -201,7 +200,7 @@ def _mean_gradients(
             finite.clear()
             gradients.backward(loss)
             _check_gradients(finite, sums, loss, place)
-    if over_processes:
+    if shared:
         sum_over_processes(sums.values())
     if not any(bool(total.any()) for total in sums.values()):
         raise RuntimeError("The gradient of `objective` is zero for every weight: there is nothing to rank them by.")

@@ -27,22 +27,22 @@ from tests.tiny import make_tiny_model, make_tiny_tokenizer
 EXAMPLES = 7
 
 
-def score(objective: SafetyObjective, reduction: Reduction = "signed", *, over_processes: bool) -> dict[str, Tensor]:
+def score(objective: SafetyObjective, reduction: Reduction = "signed", *, shared: bool) -> dict[str, Tensor]:
     return expected_safety_impact(
         make_tiny_model(),
         objective,
         make_tiny_tokenizer(),
         batch_size=2,
         reduction=reduction,
-        over_processes=over_processes,
+        shared=shared,
     )
 
 
 @pytest.mark.parametrize("reduction", ["signed", "absolute"])
 def test_scores_are_those_of_one_process(tmp_path: Path, reduction: Reduction) -> None:
     objective = RefusalMargin(limit=EXAMPLES)
-    first, second = run_in_processes(tmp_path, partial(score, objective, reduction, over_processes=True))
-    alone = score(objective, reduction, over_processes=False)
+    first, second = run_in_processes(tmp_path, partial(score, objective, reduction, shared=True))
+    alone = score(objective, reduction, shared=False)
     assert list(first) == list(alone)
     for name, scores in alone.items():
         assert torch.equal(first[name], second[name]), name
@@ -52,8 +52,8 @@ def test_scores_are_those_of_one_process(tmp_path: Path, reduction: Reduction) -
 
 
 def test_one_example_is_enough_for_two_processes(tmp_path: Path) -> None:
-    first, second = run_in_processes(tmp_path, partial(score, RefusalMargin(limit=1), over_processes=True))
-    alone = score(RefusalMargin(limit=1), over_processes=False)
+    first, second = run_in_processes(tmp_path, partial(score, RefusalMargin(limit=1), shared=True))
+    alone = score(RefusalMargin(limit=1), shared=False)
     for name, scores in alone.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], scores)
@@ -79,25 +79,25 @@ class OwnRank(RefusalMargin):
 
 
 def test_other_examples_in_one_process_end_both(tmp_path: Path) -> None:
-    for found in run_in_processes(tmp_path, partial(score, OwnRank("examples"), over_processes=True)):
+    for found in run_in_processes(tmp_path, partial(score, OwnRank("examples"), shared=True)):
         assert found.startswith("ValueError: `objective` expected to be the same in all 2 processes but process 1")
         assert "Give every process the same prompts" in found
 
 
 def test_an_error_in_one_process_ends_both(tmp_path: Path) -> None:
-    first, second = run_in_processes(tmp_path, partial(score, OwnRank("loss"), over_processes=True))
+    first, second = run_in_processes(tmp_path, partial(score, OwnRank("loss"), shared=True))
     assert second.startswith("RuntimeError: The loss of `objective` is nan in batch 2 of 2.")
     assert first.startswith("OtherProcessError: Scoring weights failed in process 1 of 2: RuntimeError: The loss of")
 
 
 def test_the_death_of_one_process_ends_the_other(tmp_path: Path) -> None:
-    found = run_although_one_dies(tmp_path, partial(score, OwnRank("death"), over_processes=True))
+    found = run_although_one_dies(tmp_path, partial(score, OwnRank("death"), shared=True))
     assert found.startswith("RuntimeError: ")
     assert not (tmp_path / "1.pt").exists()
 
 
 def test_scores_of_one_process_need_no_group() -> None:
-    alone = score(RefusalMargin(limit=2), over_processes=False)
+    alone = score(RefusalMargin(limit=2), shared=False)
     assert isinstance(select_top(alone, 0.1), SafetyMask)
-    for name, scores in score(RefusalMargin(limit=2), over_processes=True).items():
+    for name, scores in score(RefusalMargin(limit=2), shared=True).items():
         assert torch.equal(scores, alone[name]), name
