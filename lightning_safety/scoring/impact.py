@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -18,13 +18,13 @@ from lightning_safety.language.quantized import (
     exact_inputs,
     keep_unpacked,
     quantized_layers,
-    weight_shape,
 )
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
-from lightning_safety.scoring.experts import unscore_unreached
+from lightning_safety.scoring.experts import find_reached, unscore_unreached
 from lightning_safety.scoring.finite import has_finite_norm, is_finite
 from lightning_safety.scoring.layer_gradients import WeightGradients
+from lightning_safety.scoring.lean import AccumulateDtype, AccumulateOn, Autocast, LeanScoring, weight_blocks
 from lightning_safety.scoring.mixture import MixtureLayout, find_mixture
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
 from lightning_safety.scoring.weights import scored_weights, weight_spread
@@ -47,6 +47,10 @@ def expected_safety_impact(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     mixture: MixtureLayout | None = None,
+    passes: int = 1,
+    accumulate_on: AccumulateOn = "device",
+    accumulate_dtype: AccumulateDtype = "float32",
+    autocast: Autocast | None = None,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     r"""Score every weight by the Expected Safety Impact (ESI).
@@ -57,11 +61,13 @@ def expected_safety_impact(
     ("Towards Identification and Intervention of Safety-Critical Parameters in LLMs", arXiv 2604.08297). The expectation
     is over signed gradients; the absolute value comes last.
 
-    The model runs in evaluation mode, outside autocast, in the dtype of its weights; gradients add up in float32. It is
-    left as it was found: gradients (the same objects), ``requires_grad``, the mode of every submodule, the cache
-    setting, and all random number generators. Frozen weights are scored too, and so are those that bitsandbytes
-    quantised, as the dequantised ones, with inputs that are not quantised; `keep_unpacked` is called for these. Beside
-    the forward pass, memory is needed for one float32 copy of the weights and the gradient of one of them.
+    The model runs in evaluation mode, in the dtype of its weights whatever autocast surrounds the call, and gradients
+    add up in float32, unless `autocast` and `accumulate_dtype` say otherwise. It is left as it was found: gradients
+    (the same objects), ``requires_grad``, the mode of every submodule, the cache setting, and all random number
+    generators. Frozen weights are scored too, and so are those that bitsandbytes quantised, as the dequantised ones,
+    with inputs that are not quantised; `keep_unpacked` is called for these. Beside the forward pass, memory is needed
+    for the gradient of one weight, and for one float32 copy of all unless `passes`, `accumulate_on` or
+    `accumulate_dtype` choose less (`LeanScoring` says what these cost); `estimate_scoring_memory` says how much.
 
     Args:
         model: A causal language model. Under LoRA its base weights are scored.
@@ -75,12 +81,17 @@ def expected_safety_impact(
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
         mixture: Where the experts and routers of a mixture of experts are. Default: by a table of model families.
+        passes: Score in at most so many blocks of weights, one pass over all examples for each. With several, scores
+            come back on the CPU.
+        accumulate_on: ``"device"``: sums and scores are where the weight is. ``"cpu"``: in main memory.
+        accumulate_dtype: Of sums and scores, ``"float32"`` or ``"bfloat16"``.
+        autocast: ``"bfloat16"``: compute losses and gradients under autocast.
         show_progress: Whether a bar shows where this takes over two seconds.
 
     Returns:
-        By canonical name, in ``named_parameters()`` order: scores of at least 0, float32, on the weight's device and of
-        its shape in the layer (`weight_shape`). `scored_weights` says which weights there are. NaN for experts that no
-        token reached: nothing is known of these.
+        By canonical name, in ``named_parameters()`` order: scores of at least 0, of the weight's shape in the layer
+        (`weight_shape`), float32 and on the weight's device unless chosen otherwise. `scored_weights` says which
+        weights there are. NaN for experts that no token reached: nothing is known of these.
 
     Raises:
         ValueError: An argument is not one of its choices, a pattern matches nothing, or the model has no weights that
@@ -98,16 +109,27 @@ def expected_safety_impact(
     """
     check_choice(reduction, "reduction", get_args(Reduction))
     check_choice(scale, "scale", get_args(Scale))
+    lean = LeanScoring(passes, accumulate_on, accumulate_dtype, autocast)
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     absolute = reduction == "absolute"
-    scores = _objective_gradients(model, objective, tokenizer, weights, batch_size, absolute, show_progress)
-    unscore_unreached(scores, find_mixture(model, mixture))
+    experts = find_mixture(model, mixture)
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
-    for name, weight in weights.items():
-        scores[name].abs_()
-        if scale != "none":
-            dense = dequantized_weight(layers[id(weight)]) if id(weight) in layers else weight.detach()
-            scores[name].mul_(weight_spread(dense) if scale == "std" else dense.abs())
+    reached: dict[tuple[str, str], bool] = {}
+
+    def finish(gradients: dict[str, Tensor]) -> None:
+        # Before scaling: a weight that is zero everywhere has no spread but may have been reached.
+        find_reached(gradients, experts, reached)
+        for name, score in gradients.items():
+            score.abs_()
+            if scale != "none":
+                weight = weights[name]
+                dense = dequantized_weight(layers[id(weight)]) if id(weight) in layers else weight.detach()
+                score.mul_((weight_spread(dense) if scale == "std" else dense.abs()).to(score.device))
+
+    scores = _objective_gradients(
+        model, objective, tokenizer, weights, batch_size, absolute, show_progress, lean, finish
+    )
+    unscore_unreached(scores, experts, reached)
     return scores
 
 
@@ -130,7 +152,7 @@ def mean_gradients(
         By canonical name, float32, on the weight's device and of its shape in the layer.
     """
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
-    return _objective_gradients(model, objective, tokenizer, weights, batch_size, False, show_progress)
+    return _objective_gradients(model, objective, tokenizer, weights, batch_size, False, show_progress, LeanScoring())
 
 
 def _objective_gradients(
@@ -141,7 +163,10 @@ def _objective_gradients(
     batch_size: int,
     absolute: bool,
     show_progress: bool,
+    lean: LeanScoring,
+    finish: Callable[[dict[str, Tensor]], object] = lambda _: None,
 ) -> dict[str, Tensor]:
+    """Return the mean gradients of all blocks of weights; `finish` changes those of a block in place."""
     check_positive(batch_size, "batch_size")
     keep_unpacked(model)
     with preserved_random_state(), _scoring_state(model, weights):
@@ -149,7 +174,24 @@ def _objective_gradients(
         batches = objective.batches(tokenizer, batch_size=1 if absolute else batch_size)
         if not batches:
             raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")
-        return _mean_gradients(model, objective, batches, weights, absolute, show_progress)
+        objective = lean.wrap(objective)
+        blocks = weight_blocks(weights, lean.passes)
+        found: dict[str, Tensor] = {}
+        moved = False
+        for block in blocks:
+            # Every pass draws what the only one would draw.
+            with preserved_random_state():
+                gradients = _mean_gradients(
+                    model, objective, batches, block, absolute, show_progress, lean, partly=len(blocks) > 1
+                )
+            moved = moved or any(bool(gradient.any()) for gradient in gradients.values())
+            finish(gradients)
+            for name in block:
+                # Left where they are, or held by a name, they would stand beside the sums of the next block.
+                found[name] = gradients.pop(name) if len(blocks) == 1 else gradients.pop(name).cpu()
+    if not moved:
+        raise RuntimeError("The gradient of `objective` is zero for every weight: there is nothing to rank them by.")
+    return found
 
 
 def _mean_gradients(
@@ -159,21 +201,26 @@ def _mean_gradients(
     weights: dict[str, nn.Parameter],
     absolute: bool,
     show_progress: bool,
+    lean: LeanScoring,
+    *,
+    partly: bool,
 ) -> dict[str, Tensor]:
-    """Return the mean over examples of the loss gradients, or of their absolute values. float32, by name."""
-    device = next(iter(weights.values())).device
-    sums = {
-        name: torch.zeros(weight_shape(weight), dtype=torch.float32, device=weight.device)
-        for name, weight in weights.items()
-    }
+    """Return the mean over examples of the loss gradients, or of their absolute values, by name.
+
+    Where the weights are only part of the model's, the loss may depend on none of them: `partly`.
+    """
+    # That of the embedding, where the model is spread over devices.
+    device = next(model.parameters()).device
+    sums = {name: lean.zeros(weight) for name, weight in weights.items()}
     finite: dict[str, Tensor] = {}
     examples = 0  # of the present batch
 
     def add(name: str, gradient: Tensor) -> None:
+        gradient = (gradient.abs() if absolute else gradient).to(sums[name].device)
         # What is not finite stays so in the sum, which is there to be looked at again.
-        finite[name] = has_finite_norm(sums[name].add_(gradient.abs() if absolute else gradient, alpha=examples))
+        finite[name] = has_finite_norm(sums[name].add_(gradient, alpha=examples))
 
-    with exact_inputs(model), WeightGradients(model, weights, add) as gradients:
+    with exact_inputs(model), WeightGradients(model, weights, add, partly=partly) as gradients:
         for number, batch in enumerate(track(batches, "Scoring weights", enabled=show_progress), start=1):
             place = f"batch {number} of {len(batches)}"
             if absolute and batch.examples != 1:
@@ -187,8 +234,6 @@ def _mean_gradients(
             finite.clear()
             gradients.backward(loss)
             _check_gradients(finite, sums, loss, place)
-    if not any(bool(total.any()) for total in sums.values()):
-        raise RuntimeError("The gradient of `objective` is zero for every weight: there is nothing to rank them by.")
     total_examples = sum(batch.examples for batch in batches)
     return {name: total.div_(total_examples) for name, total in sums.items()}
 
