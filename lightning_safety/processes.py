@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, distributed
 
 Item = TypeVar("Item")
@@ -107,8 +108,12 @@ def from_first(value: Item) -> Item:
     return gather(value)[0]
 
 
-def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+def sum_over_processes(tensors: Iterable[Tensor], *, device: torch.device) -> None:
     """Replace each tensor by its sum over processes, the same bits in all. Every process must call it, with as many.
+
+    Args:
+        tensors: On any device.
+        device: Where they are added up: the group's backend may know no other.
 
     Raises:
         OtherProcessError: Another process failed in `together`.
@@ -117,9 +122,11 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
         return
     # None must wait for one that failed.
     gather(None)
-    works = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-    for work in works:
-        work.wait()
+    for tensor in tensors:
+        there = tensor.to(device)
+        distributed.all_reduce(there)
+        if there is not tensor:
+            tensor.copy_(there)
 
 
 def check_alike(value: object, name: str, remedy: str) -> None:

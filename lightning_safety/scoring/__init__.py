@@ -5,6 +5,7 @@ from lightning_safety.scoring.describe import MaskDescription, describe_mask
 from lightning_safety.scoring.expert_shares import ExpertShare
 from lightning_safety.scoring.guard_judged import GuardJudgedSafety
 from lightning_safety.scoring.impact import expected_safety_impact, mean_gradients
+from lightning_safety.scoring.lean import LeanScoring
 from lightning_safety.scoring.mask import SafetyMask
 from lightning_safety.scoring.mixture import MixtureLayout
 from lightning_safety.scoring.neurons import select_neurons
@@ -23,6 +24,7 @@ __all__ = [
     "ExpertShare",
     "GroupShare",
     "GuardJudgedSafety",
+    "LeanScoring",
     "MaskDescription",
     "MixtureLayout",
     "ObjectiveBatch",

@@ -64,34 +64,46 @@ def _place(name: str, shape: Sequence[int], holds: Callable[[str], bool]) -> Exp
     return ExpertPlace(module, expert) if rest else None
 
 
-def unscore_unreached(scores: Mapping[str, Tensor], mixture: Mixture) -> None:
-    """Set the scores of experts that no token reached to NaN, in place: nothing is known of them.
+def find_reached(gradients: Mapping[str, Tensor], mixture: Mixture, reached: dict[tuple[str, str], bool]) -> None:
+    """Note which experts some token reached: those with a gradient that is not zero in one of their tensors.
 
-    They are the experts whose gradient is exactly zero in all of their tensors. An expert whose tokens the objective
-    does not depend on (a prompt's, in the last layer) counts as not reached too.
+    An expert whose tokens the objective does not depend on (a prompt's, in the last layer) counts as not reached.
 
     Args:
-        scores: Gradients summed over all examples, by canonical name.
+        gradients: Summed over all examples, by canonical name; of all tensors or of some.
         mixture: The model's experts.
+        reached: By module and expert; what is found is added.
     """
-    reached: dict[tuple[str, str], bool] = {}
-    parts: list[tuple[tuple[str, str], Tensor]] = []
+    for name, gradient in gradients.items():
+        parts = _expert_parts(name, gradient, mixture)
+        for key, part in parts.items():
+            # A question to the device for each: only where the answer is not known.
+            reached[key] = reached.get(key, False) or bool(part.any())
+
+
+def unscore_unreached(scores: Mapping[str, Tensor], mixture: Mixture, reached: Mapping[tuple[str, str], bool]) -> None:
+    """Set the scores of experts that no token reached to NaN, in place: nothing is known of them.
+
+    Args:
+        scores: Of all tensors, by canonical name.
+        mixture: The model's experts.
+        reached: What `find_reached` found in the gradients of all tensors.
+    """
     for name, score in scores.items():
-        place = _place(name, score.shape, mixture.experts.__contains__)
-        if place is None:
-            continue
-        if place.expert is None:
-            found = list(zip(mixture.experts[place.module], score, strict=True))
-            moved = score.flatten(1).any(dim=1).tolist()
-        else:
-            found, moved = [(place.expert, score)], [bool(score.any())]
-        for (expert, part), some in zip(found, moved, strict=True):
-            key = (place.module, expert)
-            reached[key] = reached.get(key, False) or some
-            parts.append((key, part))
-    for key, part in parts:
-        if not reached[key]:
-            part.fill_(math.nan)
+        for key, part in _expert_parts(name, score, mixture).items():
+            if not reached[key]:
+                part.fill_(math.nan)
+
+
+def _expert_parts(name: str, tensor: Tensor, mixture: Mixture) -> dict[tuple[str, str], Tensor]:
+    """Return the parts of a tensor that belong to experts, by module and expert; none where it is no expert's."""
+    place = _place(name, tensor.shape, mixture.experts.__contains__)
+    if place is None:
+        return {}
+    if place.expert is not None:
+        return {(place.module, place.expert): tensor}
+    names = mixture.experts[place.module]
+    return {(place.module, expert): part for expert, part in zip(names, tensor, strict=True)}
 
 
 def selected_by_expert(indices: Tensor, shape: Sequence[int]) -> list[int]:

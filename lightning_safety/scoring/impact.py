@@ -3,32 +3,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
-from lightning_safety.arguments import check_choice, check_positive
-from lightning_safety.language.modes import evaluation_mode, uncompiled
-from lightning_safety.language.quantized import (
-    dequantized_weight,
-    exact_inputs,
-    keep_unpacked,
-    quantized_layers,
-    weight_shape,
-)
-from lightning_safety.processes import check_alike, share_of, sum_over_processes, together
-from lightning_safety.progress import track
-from lightning_safety.randomness import preserved_random_state
-from lightning_safety.scoring.experts import unscore_unreached
-from lightning_safety.scoring.finite import has_finite_norm, is_finite
-from lightning_safety.scoring.layer_gradients import WeightGradients
+from lightning_safety.arguments import check_choice
+from lightning_safety.language.quantized import dequantized_weight, quantized_layers
+from lightning_safety.scoring.experts import find_reached, unscore_unreached
+from lightning_safety.scoring.gradient_sums import GradientSums
+from lightning_safety.scoring.lean import AccumulateDtype, AccumulateOn, Autocast, LeanScoring
 from lightning_safety.scoring.mixture import MixtureLayout, find_mixture
-from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
+from lightning_safety.scoring.objective import SafetyObjective
 from lightning_safety.scoring.weights import scored_weights, weight_spread
 
 if TYPE_CHECKING:
@@ -49,6 +35,10 @@ def expected_safety_impact(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     mixture: MixtureLayout | None = None,
+    passes: int = 1,
+    accumulate_on: AccumulateOn = "device",
+    accumulate_dtype: AccumulateDtype = "float32",
+    autocast: Autocast | None = None,
     shared: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
@@ -60,11 +50,13 @@ def expected_safety_impact(
     ("Towards Identification and Intervention of Safety-Critical Parameters in LLMs", arXiv 2604.08297). The expectation
     is over signed gradients; the absolute value comes last.
 
-    The model runs in evaluation mode, outside autocast, in the dtype of its weights; gradients add up in float32. It is
-    left as it was found: gradients (the same objects), ``requires_grad``, the mode of every submodule, the cache
-    setting, and all random number generators. Frozen weights are scored too, and so are those that bitsandbytes
-    quantised, as the dequantised ones, with inputs that are not quantised; `keep_unpacked` is called for these. Beside
-    the forward pass, memory is needed for one float32 copy of the weights and the gradient of one of them.
+    The model runs in evaluation mode, in the dtype of its weights whatever autocast surrounds the call, and gradients
+    add up in float32, unless `autocast` and `accumulate_dtype` say otherwise. It is left as it was found: gradients
+    (the same objects), ``requires_grad``, the mode of every submodule, the cache setting, and all random number
+    generators. Frozen weights are scored too, and so are those that bitsandbytes quantised, as the dequantised ones,
+    with inputs that are not quantised; `keep_unpacked` is called for these. Beside the forward pass, memory is needed
+    for the gradient of one weight, and for one float32 copy of all unless `passes`, `accumulate_on` or
+    `accumulate_dtype` choose less (`LeanScoring` says what these cost); `estimate_scoring_memory` says how much.
 
     Args:
         model: A causal language model. Under LoRA its base weights are scored.
@@ -78,14 +70,19 @@ def expected_safety_impact(
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
         mixture: Where the experts and routers of a mixture of experts are. Default: by a table of model families.
-        shared: Whether the processes of torch's default group call this together, each with a copy of the same
-            model and on its own device: they share out the examples, and all return the same scores.
+        passes: Score in at most so many blocks of weights, one pass over all examples for each. With several, scores
+            come back on the CPU.
+        accumulate_on: ``"device"``: sums and scores are where the weight is. ``"cpu"``: in main memory.
+        accumulate_dtype: Of sums and scores, ``"float32"`` or ``"bfloat16"``.
+        autocast: ``"bfloat16"``: compute losses and gradients under autocast.
+        shared: Whether the processes of torch's default group call this together, each with a copy of the same model
+            and on its own device: they share out the examples, and all return the same scores.
         show_progress: Whether a bar shows where this takes over two seconds.
 
     Returns:
-        By canonical name, in ``named_parameters()`` order: scores of at least 0, float32, on the weight's device and of
-        its shape in the layer (`weight_shape`). `scored_weights` says which weights there are. NaN for experts that no
-        token reached: nothing is known of these.
+        By canonical name, in ``named_parameters()`` order: scores of at least 0, of the weight's shape in the layer
+        (`weight_shape`), float32 and on the weight's device unless chosen otherwise. `scored_weights` says which
+        weights there are. NaN for experts that no token reached: nothing is known of these.
 
     Raises:
         ValueError: An argument is not one of its choices, a pattern matches nothing, or the model has no weights that
@@ -103,16 +100,25 @@ def expected_safety_impact(
     """
     check_choice(reduction, "reduction", get_args(Reduction))
     check_choice(scale, "scale", get_args(Scale))
+    lean = LeanScoring(passes, accumulate_on, accumulate_dtype, autocast)
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
-    absolute = reduction == "absolute"
-    scores = _objective_gradients(model, objective, tokenizer, weights, batch_size, absolute, show_progress, shared)
-    unscore_unreached(scores, find_mixture(model, mixture))
+    experts = find_mixture(model, mixture)
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
-    for name, weight in weights.items():
-        scores[name].abs_()
-        if scale != "none":
-            dense = dequantized_weight(layers[id(weight)]) if id(weight) in layers else weight.detach()
-            scores[name].mul_(weight_spread(dense) if scale == "std" else dense.abs())
+    reached: dict[tuple[str, str], bool] = {}
+
+    def finish(gradients: dict[str, Tensor]) -> None:
+        # Before scaling: a weight that is zero everywhere has no spread but may have been reached.
+        find_reached(gradients, experts, reached)
+        for name, score in gradients.items():
+            score.abs_()
+            if scale != "none":
+                weight = weights[name]
+                dense = dequantized_weight(layers[id(weight)]) if id(weight) in layers else weight.detach()
+                score.mul_((weight_spread(dense) if scale == "std" else dense.abs()).to(score.device))
+
+    sums = GradientSums(model, objective, batch_size, reduction == "absolute", lean, shared, show_progress)
+    scores = sums.mean(tokenizer, weights, finish)
+    unscore_unreached(scores, experts, reached)
     return scores
 
 
@@ -136,117 +142,5 @@ def mean_gradients(
         By canonical name, float32, on the weight's device and of its shape in the layer.
     """
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
-    return _objective_gradients(model, objective, tokenizer, weights, batch_size, False, show_progress, shared)
-
-
-def _objective_gradients(
-    model: nn.Module,
-    objective: SafetyObjective,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: dict[str, nn.Parameter],
-    batch_size: int,
-    absolute: bool,
-    show_progress: bool,
-    shared: bool,
-) -> dict[str, Tensor]:
-    check_positive(batch_size, "batch_size")
-    keep_unpacked(model)
-    with preserved_random_state(), _scoring_state(model, weights):
-        objective.prepare(model, tokenizer)
-        batches = objective.batches(tokenizer, batch_size=1 if absolute else batch_size)
-        if not batches:
-            raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")
-        if shared:
-            check_alike(_digest(batches), "objective", "Give every process the same prompts, in the same order.")
-        return _mean_gradients(model, objective, batches, weights, absolute, show_progress, shared)
-
-
-def _mean_gradients(
-    model: nn.Module,
-    objective: SafetyObjective,
-    batches: Sequence[ObjectiveBatch],
-    weights: dict[str, nn.Parameter],
-    absolute: bool,
-    show_progress: bool,
-    shared: bool,
-) -> dict[str, Tensor]:
-    """Return the mean over examples of the loss gradients, or of their absolute values. float32, by name."""
-    device = next(iter(weights.values())).device
-    sums = {
-        name: torch.zeros(weight_shape(weight), dtype=torch.float32, device=weight.device)
-        for name, weight in weights.items()
-    }
-    finite: dict[str, Tensor] = {}
-    examples = 0  # of the present batch
-
-    def add(name: str, gradient: Tensor) -> None:
-        # What is not finite stays so in the sum, which is there to be looked at again.
-        finite[name] = has_finite_norm(sums[name].add_(gradient.abs() if absolute else gradient, alpha=examples))
-
-    numbered = list(enumerate(batches, start=1))
-    share = share_of(numbered) if shared else numbered
-    alone = together("Scoring weights") if shared else nullcontext()
-    with alone, exact_inputs(model), WeightGradients(model, weights, add) as gradients:
-        for number, batch in track(share, "Scoring weights", enabled=show_progress):
-            place = f"batch {number} of {len(batches)}"
-            if absolute and batch.examples != 1:
-                raise ValueError(
-                    f"`objective` expected to give one example a batch for `batch_size=1` but {place} holds"
-                    f' {batch.examples}: `reduction="absolute"` needs the gradient of each example.'
-                )
-            examples = batch.examples
-            loss = objective.loss(model, batch.to(device))
-            _check_loss(loss, place)
-            finite.clear()
-            gradients.backward(loss)
-            _check_gradients(finite, sums, loss, place)
-    if shared:
-        sum_over_processes(sums.values())
-    if not any(bool(total.any()) for total in sums.values()):
-        raise RuntimeError("The gradient of `objective` is zero for every weight: there is nothing to rank them by.")
-    total_examples = sum(batch.examples for batch in batches)
-    return {name: total.div_(total_examples) for name, total in sums.items()}
-
-
-def _check_loss(loss: Tensor, place: str) -> None:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise RuntimeError(
-            f"The loss of `objective` is {value:g} in {place}. Check the model's weights and its dtype: float16"
-            " often overflows, bfloat16 and float32 do not."
-        )
-
-
-def _check_gradients(finite: dict[str, Tensor], sums: dict[str, Tensor], loss: Tensor, place: str) -> None:
-    """Refuse a batch after which a sum, by name, is not finite. One question to the device for all norms."""
-    answers = torch.stack([answer.to(loss.device) for answer in finite.values()]).tolist() if finite else []
-    for name, answer in zip(finite, answers, strict=True):
-        if not answer and not is_finite(sums[name]):
-            raise RuntimeError(
-                f"The gradient of `{name}` is not finite in {place}, although the loss is {float(loss.detach()):g}."
-                " Score the model in float32 or bfloat16."
-            )
-
-
-def _digest(batches: Sequence[ObjectiveBatch]) -> str:
-    """Return a digest of all that batches hold."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, tensor in batch.tensors.items():
-            digest.update(f"{batch.examples} {name} {tensor.dtype} {list(tensor.shape)} {tensor.tolist()}".encode())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _scoring_state(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, full precision, gradients and uncompiled code, whatever surrounds the call; then as before."""
-    devices = {weight.device.type for weight in weights.values()}
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        # Compiled code would leave out the hooks that find gradients.
-        stack.enter_context(uncompiled())
-        stack.enter_context(evaluation_mode(model, use_cache=False))
-        yield
+    sums = GradientSums(model, objective, batch_size, shared=shared, show_progress=show_progress)
+    return sums.mean(tokenizer, weights)

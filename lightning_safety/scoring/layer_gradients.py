@@ -36,6 +36,8 @@ class WeightGradients:
             weight's dtype. It must not change the gradient.
         by_layer: Whether the gradient of a weight is formed by hooks. They give the same for the dense weight of a
             linear layer, in float32.
+        partly: Whether these are a part of a model's weights on which a loss need not depend: then nothing is handed
+            on, where it would be an error.
 
     Raises:
         ValueError: On entering, if a weight is to be followed by hooks but is not that of a linear layer.
@@ -56,9 +58,11 @@ class WeightGradients:
         receive: Callable[[str, Tensor], object],
         *,
         by_layer: Callable[[nn.Parameter], bool] = is_quantized_weight,
+        partly: bool = False,
     ) -> None:
         self._model = model
         self._receive = receive
+        self._partly = partly
         self._followed = {name: weight for name, weight in weights.items() if by_layer(weight)}
         self._dense = {name: weight for name, weight in weights.items() if name not in self._followed}
         self._context = ExitStack()
@@ -96,11 +100,14 @@ class WeightGradients:
             loss: A scalar, computed inside the context since the last backward pass.
 
         Raises:
-            RuntimeError: It does not depend on the weights, the model uses reentrant gradient checkpointing, or the
-                input of a quantised layer was changed in place.
+            RuntimeError: It does not depend on the weights, unless they are `partly` a model's, the model uses
+                reentrant gradient checkpointing, or the input of a quantised layer was changed in place.
         """
         wanted = [*self._dense.values(), *self._leaves]
         if not loss.requires_grad or not wanted:
+            if self._partly:
+                self._forget()
+                return
             raise RuntimeError(
                 "The loss of `objective` does not depend on the weights to score: it has no gradient. Compute it from"
                 " the model's output, without `torch.no_grad()` or `.detach()`."
