@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from lightning_safety.scoring import (
 )
 from lightning_safety.scoring.mixture import check_layout
 from lightning_safety.scoring.neurons import Granularity
+from lightning_safety.scoring.shards import ShardedScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +111,7 @@ class WeightChoice:
 
     def _scores(
         self, model: nn.Module, objective: SafetyObjective, tokenizer: PreTrainedTokenizerBase, quick: bool
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         return expected_safety_impact(
             model,
             TwoPrompts(objective) if quick else objective,
@@ -127,13 +128,18 @@ class WeightChoice:
     def _select(
         self,
         model: nn.Module,
-        scores: dict[str, Tensor],
+        scores: Mapping[str, Tensor],
         metadata: dict[str, str],
         *,
         seed: int = 0,
         subtracted: SafetyMask | None = None,
     ) -> SafetyMask:
         if self.granularity == "neuron":
+            if isinstance(scores, ShardedScores):
+                raise ValueError(
+                    "`granularity='neuron'` expected a model that is whole in every process but it is sharded. Use"
+                    " `granularity='weight'`, or pass a mask made on one device."
+                )
             if any(isinstance(module, Conv1D) for module in model.modules()):
                 raise ValueError(
                     "`granularity='neuron'` expected a model whose weights are stored [out, in] but"

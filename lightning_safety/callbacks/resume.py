@@ -14,8 +14,28 @@ from lightning_safety.randomness import restore_random_state
 from lightning_safety.scoring import SafetyObjective
 
 
+def restores_late(trainer: pl.Trainer) -> bool:
+    """Whether the strategy loads a checkpoint after ``on_fit_start``: there, weights and states are not yet known."""
+    return bool(trainer.strategy.restore_checkpoint_after_setup)
+
+
 class CallbackWithRandomness(pl.Callback):
     """A callback whose state holds, under ``random``, that of the random number generators of all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._randomness = ResumedRandomness()
+
+    def on_load_checkpoint(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Take up the random numbers where checkpoints are loaded after ``on_fit_start``."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state and trainer.state.fn == "fit" and restores_late(trainer):
+            self._randomness.at_fit_start(state["random"])
 
     def on_save_checkpoint(
         self,
@@ -42,7 +62,7 @@ class ResumedRandomness:
         self._state: dict[str, Any] | None = None
 
     def at_fit_start(self, state: dict[str, Any] | list[dict[str, Any]] | None) -> None:
-        """Restore a state as the last thing in ``on_fit_start``.
+        """Restore a state as the last thing in ``on_fit_start``, or when it is loaded after that.
 
         Args:
             state: Of `capture_random_state`, or such of all processes. None: not resumed.

@@ -17,8 +17,8 @@ from lightning_safety.callbacks.choice import GivenMask, Method, WeightChoice
 from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
 from lightning_safety.callbacks.resume import (
     CallbackWithRandomness,
-    ResumedRandomness,
     check_state_version,
+    restores_late,
     warn_of_loaders_that_start_over,
 )
 from lightning_safety.callbacks.strategies import REPLICATED, check_strategy
@@ -40,9 +40,11 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
 
     Attributes:
         trains: Whether the selected weights are the only ones that train; else they are held.
+        strategies: Those for several devices that are supported.
     """
 
     trains: bool
+    strategies: tuple[str, ...] = REPLICATED
 
     def __init__(
         self,
@@ -52,12 +54,12 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
         language_model: str | None,
         save_mask: str | os.PathLike[str] | None,
     ) -> None:
+        super().__init__()
         self.choice = choice
         self.tokenizer = tokenizer
         self.language_model = language_model
         self.save_mask = save_mask
         self._given = GivenMask(mask)
-        self._randomness = ResumedRandomness()
         self._mask: SafetyMask | None = None
         self._begin()
 
@@ -119,17 +121,18 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse strategies that are not supported. Nothing happens outside a fit."""
         if stage == "fit":
-            check_strategy(trainer, self, several=REPLICATED)
+            check_strategy(trainer, self, several=self.strategies)
             self._end()
             self._begin()
 
     def on_load_checkpoint(
         self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        pl_module: pl.LightningModule,  # noqa: ARG002
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
         """Remember which states of such callbacks a checkpoint has, to name them where ours is missing."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._similar_states = [key for key in checkpoint["callbacks"] if key.startswith(type(self).__qualname__)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,7 +148,12 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the weights, unless a checkpoint says which, and begin to act on them."""
-        siblings = _siblings(trainer)
+        if not restores_late(trainer):
+            self._start(trainer, pl_module)
+            self._randomness.at_fit_start(self._restored["random"] if self._resumes and self._restored else None)
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        siblings = siblings_in(trainer)
         with together("Choosing weights"):
             for callback in siblings:
                 callback._choose(trainer, pl_module)
@@ -162,11 +170,12 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
         memory = self.enforce(trainer, pl_module, self._model, self._mask)
         rank_zero_info(self._summary(self._model, self._mask, memory))
         self._write_mask(trainer)
-        self._randomness.at_fit_start(self._restored["random"] if self._resumes and self._restored else None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the fraction of the model's weights that is held, and take up the random numbers of a resumed fit."""
-        siblings = _siblings(trainer)
+        if restores_late(trainer):
+            self._start(trainer, pl_module)
+        siblings = siblings_in(trainer)
         if self is siblings[0]:
             assert self._model is not None
             metrics = {"safety/held_fraction": held_fraction(siblings, self._model)}
@@ -257,5 +266,6 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
         )
 
 
-def _siblings(trainer: pl.Trainer) -> list[SelectedWeightsCallback]:
+def siblings_in(trainer: pl.Trainer) -> list[SelectedWeightsCallback]:
+    """Return all such callbacks of a trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, SelectedWeightsCallback)]  # type: ignore[attr-defined]

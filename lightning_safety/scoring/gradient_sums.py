@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from lightning_safety.arguments import check_positive
 from lightning_safety.language.modes import evaluation_mode, uncompiled
 from lightning_safety.language.quantized import exact_inputs, keep_unpacked
-from lightning_safety.processes import check_alike, share_of, sum_over_processes, together
+from lightning_safety.processes import check_alike, gather, share_of, sum_over_processes, together
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.finite import has_finite_norm, is_finite
 from lightning_safety.scoring.layer_gradients import WeightGradients
 from lightning_safety.scoring.lean import LeanScoring, weight_blocks
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
+from lightning_safety.scoring.sharded_gradients import mean_of_shards
+from lightning_safety.scoring.shards import check_shards, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +64,7 @@ class GradientSums:
             weights: By canonical name.
             finish: Called with the gradients of each block of weights, to change them in place.
         """
+        self._check_shards(weights)
         keep_unpacked(self.model)
         with preserved_random_state(), _scoring_state(self.model, weights):
             batches = self._batches(tokenizer)
@@ -77,6 +80,8 @@ class GradientSums:
                 for name in block:
                     # Left where they are, or held by a name, they would stand beside the sums of the next block.
                     found[name] = gradients.pop(name) if len(blocks) == 1 else gradients.pop(name).cpu()
+        if is_sharded(weights.values()):
+            moved = any(gather(moved))
         if not moved:
             raise RuntimeError(
                 "The gradient of `objective` is zero for every weight: there is nothing to rank them by."
@@ -96,6 +101,15 @@ class GradientSums:
         self, batches: Sequence[ObjectiveBatch], weights: Mapping[str, nn.Parameter], *, partly: bool
     ) -> Gradients:
         """Return the means of some weights; where these are not all, the loss may depend on none of them: `partly`."""
+        if is_sharded(weights.values()):
+            return mean_of_shards(
+                self.model,
+                self.lean.wrap(self.objective),
+                batches,
+                weights,
+                self.lean,
+                show_progress=self.show_progress,
+            )
         # That of the embedding, where the model is spread over devices.
         device = next(self.model.parameters()).device
         objective = self.lean.wrap(self.objective)
@@ -126,6 +140,19 @@ class GradientSums:
             sum_over_processes(sums.values(), device=device)
         total_examples = sum(batch.examples for batch in batches)
         return {name: total.div_(total_examples) for name, total in sums.items()}
+
+    def _check_shards(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Refuse what has not been shown to work on a sharded model."""
+        if not is_sharded(weights.values()):
+            return
+        check_shards(weights)
+        unlike = type(self.objective).prepare is not SafetyObjective.prepare
+        reason = "`reduction='absolute'`" if self.absolute else type(self.objective).__name__ if unlike else None
+        if reason is not None or not self.shared:
+            raise ValueError(
+                f"`model` expected not to be sharded beside {reason or '`shared=False`'}. Score it on one device, for"
+                " instance with `lightning-safety score`, and pass the saved mask."
+            )
 
     def _check_single(self, batch: ObjectiveBatch, place: str) -> None:
         if self.absolute and batch.examples != 1:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from lightning_safety.scoring.gradient_sums import GradientSums
 from lightning_safety.scoring.lean import AccumulateDtype, AccumulateOn, Autocast, LeanScoring
 from lightning_safety.scoring.mixture import MixtureLayout, find_mixture
 from lightning_safety.scoring.objective import SafetyObjective
+from lightning_safety.scoring.shards import is_sharded, local_part, sharded_scores
 from lightning_safety.scoring.weights import scored_weights, weight_spread
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def expected_safety_impact(
     autocast: Autocast | None = None,
     shared: bool = False,
     show_progress: bool = True,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     r"""Score every weight by the Expected Safety Impact (ESI).
 
     .. math:: \mathrm{ESI}_i = \sigma(W) \cdot \left| \mathbb{E}_x\, \partial S(x; \theta) / \partial \theta_i \right|
@@ -75,8 +76,9 @@ def expected_safety_impact(
         accumulate_on: ``"device"``: sums and scores are where the weight is. ``"cpu"``: in main memory.
         accumulate_dtype: Of sums and scores, ``"float32"`` or ``"bfloat16"``.
         autocast: ``"bfloat16"``: compute losses and gradients under autocast.
-        shared: Whether the processes of torch's default group call this together, each with a copy of the same model
-            and on its own device: they share out the examples, and all return the same scores.
+        shared: Whether the processes of torch's default group call this together: they share out the examples. Each has
+            a copy of the same model on its own device, and all return the same scores; or FSDP2 has sharded it, and
+            each returns its parts (`ShardedScores`).
         show_progress: Whether a bar shows where this takes over two seconds.
 
     Returns:
@@ -103,6 +105,11 @@ def expected_safety_impact(
     lean = LeanScoring(passes, accumulate_on, accumulate_dtype, autocast)
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     experts = find_mixture(model, mixture)
+    if experts.experts and is_sharded(weights.values()):
+        raise ValueError(
+            "`model` expected to have no experts where it is sharded. Score it on one device, for instance with"
+            " `lightning-safety score`, and pass the saved mask."
+        )
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
     reached: dict[tuple[str, str], bool] = {}
 
@@ -114,12 +121,13 @@ def expected_safety_impact(
             if scale != "none":
                 weight = weights[name]
                 dense = dequantized_weight(layers[id(weight)]) if id(weight) in layers else weight.detach()
+                dense = dense if scale == "std" else local_part(dense)
                 score.mul_((weight_spread(dense) if scale == "std" else dense.abs()).to(score.device))
 
     sums = GradientSums(model, objective, batch_size, reduction == "absolute", lean, shared, show_progress)
     scores = sums.mean(tokenizer, weights, finish)
     unscore_unreached(scores, experts, reached)
-    return scores
+    return sharded_scores(scores, weights) if is_sharded(weights.values()) else scores
 
 
 def mean_gradients(
