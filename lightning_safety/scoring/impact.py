@@ -66,8 +66,9 @@ def expected_safety_impact(
     (the same objects), ``requires_grad``, the mode of every submodule, the cache setting, and all random number
     generators. Frozen weights are scored too, and so are those that bitsandbytes quantised, as the dequantised ones,
     with inputs that are not quantised; `keep_unpacked` is called for these. Beside the forward pass, memory is needed
-    for the gradient of one weight, and for one float32 copy of all unless `passes`, `accumulate_on` or
-    `accumulate_dtype` choose less (`LeanScoring` says what these cost); `estimate_scoring_memory` says how much.
+    for one float32 copy of the weights, and for their gradients where rows share what they begin with, else for that of
+    one. `passes`, `accumulate_on` and `accumulate_dtype` make it less (`LeanScoring` says what these cost);
+    `estimate_scoring_memory` says how much it is.
 
     Args:
         model: A causal language model. Under LoRA its base weights are scored.
@@ -234,6 +235,8 @@ def _mean_gradients(
             finite.clear()
             gradients.backward(loss)
             _check_gradients(finite, sums, loss, place)
+            # What a backward pass did not reach would stay in memory beside the next batch.
+            del loss
     total_examples = sum(batch.examples for batch in batches)
     return {name: total.div_(total_examples) for name, total in sums.items()}
 
