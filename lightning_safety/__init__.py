@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from lightning_safety.monitoring import KeywordRefusalJudge, OwnReplies, Verdict, evaluate_safety, perplexity
     from lightning_safety.scoring import (
         GuardJudgedSafety,
+        LeanScoring,
         MixtureLayout,
         RefusalLikelihood,
         RefusalMargin,
         SafetyMask,
         SafetyObjective,
+        estimate_scoring_memory,
         expected_safety_impact,
         measure_router_load,
         select_bottom,
@@ -81,11 +83,13 @@ _ROOMS = {
     "monitoring": ("KeywordRefusalJudge", "OwnReplies", "Verdict", "evaluate_safety", "perplexity"),
     "scoring": (
         "GuardJudgedSafety",
+        "LeanScoring",
         "MixtureLayout",
         "RefusalLikelihood",
         "RefusalMargin",
         "SafetyMask",
         "SafetyObjective",
+        "estimate_scoring_memory",
         "expected_safety_impact",
         "measure_router_load",
         "select_bottom",

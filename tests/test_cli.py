@@ -79,6 +79,19 @@ def test_score_then_describe(model_folder, tmp_path, capsys):
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_score_says_what_memory_it_takes(model_folder, tmp_path, capsys, monkeypatch):
+    words = ["score", str(model_folder), "-o", str(tmp_path / "mask.safetensors"), "--limit", "4"]
+    main(words)
+    assert capsys.readouterr().out.startswith("Scoring takes about 0.")
+    expected = SafetyMask.load(tmp_path / "mask.safetensors")
+    main([*words, "--passes", "3", "--device", "cpu"])
+    assert SafetyMask.load(tmp_path / "mask.safetensors") == expected
+    main([*words, "--accumulate_dtype", "bfloat16", "--accumulate_on", "cpu", "--autocast", "bfloat16"])
+    assert "`device` expected" in fails([*words, "--device", "gpu"], capsys, 1)
+    monkeypatch.setattr("lightning_safety.scoring.memory.free_memory", lambda device: 1000)
+    assert '`accumulate_dtype="bfloat16"`' in fails(words, capsys, 1)
+
+
 def test_score_compares_objectives(model_folder, tmp_path, capsys):
     mask_file = tmp_path / "mask.safetensors"
     words = ["score", model_folder, "-o", mask_file, "--objective", "guard_judged", "--limit", "2"]
@@ -88,7 +101,7 @@ def test_score_compares_objectives(model_folder, tmp_path, capsys):
     words += ["--guard", model_folder, "--convention", "instructed", "--max_new_tokens", "4"]
     main([str(word) for word in [*words, "--compare", "[refusal_margin,refusal_likelihood]"]])
     shown = capsys.readouterr().out
-    assert shown.splitlines()[0].split() == [
+    assert shown.splitlines()[3].split() == [
         "Jaccard",
         "guard_judged",
         "refusal_margin",

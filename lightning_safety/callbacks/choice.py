@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_safety.arguments import check_choice, check_fraction, check_positive
 from lightning_safety.language.quantized import weight_shape
 from lightning_safety.scoring import (
+    LeanScoring,
     MixtureLayout,
     ObjectiveBatch,
     RefusalLikelihood,
@@ -59,6 +60,7 @@ class WeightChoice:
     granularity: Granularity = "weight"
     mixture: MixtureLayout | None = None
     minus: Minus | SafetyObjective | None = None
+    lean: LeanScoring = field(default_factory=LeanScoring)
 
     def __post_init__(self) -> None:
         self.fraction = check_fraction(self.fraction)
@@ -66,6 +68,11 @@ class WeightChoice:
         check_choice(self.method, "method", get_args(Method))
         check_choice(self.granularity, "granularity", get_args(Granularity))
         check_layout(self.mixture)
+        if not isinstance(self.lean, LeanScoring):
+            raise TypeError(
+                f"`lean` expected to be a LeanScoring but got {type(self.lean).__name__}. Pass for instance"
+                " `LeanScoring(passes=4)`."
+            )
         self._check_minus()
         if self.objective is not None and not isinstance(self.objective, SafetyObjective):
             raise TypeError(
@@ -123,6 +130,7 @@ class WeightChoice:
             # All of them are here, one or several.
             shared=True,
             show_progress=self.show_progress,
+            **asdict(self.lean),
         )
 
     def _select(

@@ -21,7 +21,7 @@ from lightning_safety.enforcement import AveragedWeights, CompactTraining, Safet
 from lightning_safety.enforcement.replicas import WithoutExchange
 from lightning_safety.enforcement.sparse_delta import needs_sparse_delta
 from lightning_safety.language import find_language_model
-from lightning_safety.scoring import MixtureLayout, SafetyMask, SafetyObjective
+from lightning_safety.scoring import LeanScoring, MixtureLayout, SafetyMask, SafetyObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +63,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             that lies beside the model's weights on disk.
         language_model: The dotted name of the language model in the module, where there are several.
         batch_size: Prompts in one pass while scoring. Changes memory and time only.
+        lean: What scoring does to take less memory, for models that leave little beside them: `LeanScoring(passes=4)`.
         seed: Seed of the random choice.
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
@@ -95,6 +96,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         language_model: str | None = None,
         batch_size: int = 8,
+        lean: LeanScoring = LeanScoring(),  # noqa: B008 # frozen
         seed: int = 0,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -105,7 +107,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         patch: os.PathLike[str] | str | None = None,
     ) -> None:
         choice = WeightChoice(
-            fraction, objective, method, batch_size, seed, include, exclude, show_progress, mixture=mixture
+            fraction, objective, method, batch_size, seed, include, exclude, show_progress, mixture=mixture, lean=lean
         )
         super().__init__(choice, mask, tokenizer, language_model, save_mask)
         self.average_last = None if average_last is None else check_positive(average_last, "average_last")

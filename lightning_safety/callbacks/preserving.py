@@ -23,7 +23,7 @@ from lightning_safety.enforcement import HeldLora, WeightHolder
 from lightning_safety.enforcement.adapters import adapter_rows, has_adapters
 from lightning_safety.language import find_language_model
 from lightning_safety.language.quantized import keep_unpacked
-from lightning_safety.scoring import MixtureLayout, SafetyMask, SafetyObjective
+from lightning_safety.scoring import LeanScoring, MixtureLayout, SafetyMask, SafetyObjective
 from lightning_safety.scoring.neurons import Granularity
 from lightning_safety.scoring.shards import is_sharded
 
@@ -65,6 +65,7 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
             that lies beside the model's weights on disk.
         language_model: The dotted name of the language model in the module, where there are several.
         batch_size: Prompts in one pass while scoring. Changes memory and time only.
+        lean: What scoring does to take less memory, for models that leave little beside them: `LeanScoring(passes=4)`.
         seed: Seed of the random choice.
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
@@ -109,6 +110,7 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         language_model: str | None = None,
         batch_size: int = 8,
+        lean: LeanScoring = LeanScoring(),  # noqa: B008 # frozen
         seed: int = 0,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -119,9 +121,8 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         save_mask: os.PathLike[str] | str | None = None,
         show_progress: bool = True,
     ) -> None:
-        choice = WeightChoice(
-            fraction, objective, method, batch_size, seed, include, exclude, show_progress, granularity, mixture, minus
-        )
+        options = (include, exclude, show_progress, granularity, mixture, minus, lean)
+        choice = WeightChoice(fraction, objective, method, batch_size, seed, *options)
         if rescore_every_n_steps is not None:
             check_positive(rescore_every_n_steps, "rescore_every_n_steps")
             if mask is not None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from lightning_safety.scoring import MixtureLayout, RouterLoad, SafetyMask, SafetyObjective
 
 ObjectiveName = Literal["refusal_margin", "refusal_likelihood", "guard_judged"]
+_PROMPT_TOKENS = 64
 
 
 def score(
@@ -26,7 +28,12 @@ def score(
     reduction: Literal["signed", "absolute"] = "signed",
     scale: Literal["std", "magnitude", "none"] = "std",
     batch_size: int = 8,
+    passes: int = 1,
+    accumulate_on: Literal["device", "cpu"] = "device",
+    accumulate_dtype: Literal["float32", "bfloat16"] = "float32",
+    autocast: Literal["bfloat16"] | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     gguf_file: str | None = None,
     experts: list[str] | None = None,
     routers: list[str] | None = None,
@@ -48,17 +55,25 @@ def score(
         reduction: `signed` (the paper's) or `absolute`.
         scale: `std` (the paper's), `magnitude` or `none`.
         batch_size: Examples in one forward pass; changes memory and time only.
+        passes: Score in so many blocks of weights, one pass over the examples for each, to save memory of a GPU.
+        accumulate_on: Where sums of gradients are: on the `device`, or on the `cpu`, in main memory.
+        accumulate_dtype: Of these sums: `float32`, or `bfloat16` at half the memory.
+        autocast: `bfloat16`: compute under autocast, faster where the processor has bfloat16.
         dtype: The type to load the weights in.
+        device: Where to score, for instance `cuda`.
         gguf_file: The name of a GGUF file inside the folder or hub repository.
         experts: For a mixture of experts of no known family: patterns of the modules that hold experts.
         routers: Patterns of the modules that choose among these; they are never scored.
     """
+    from lightning_safety.devices import usable_device
     from lightning_safety.language import load_causal_lm, load_tokenizer
     from lightning_safety.scoring import (
         GuardJudgedSafety,
+        LeanScoring,
         MixtureLayout,
         RefusalLikelihood,
         RefusalMargin,
+        estimate_scoring_memory,
         expected_safety_impact,
         select_random,
         select_top,
@@ -86,15 +101,22 @@ def score(
             written = RefusalLikelihood if name == "refusal_likelihood" else RefusalMargin
             objectives[name] = written(examples, split=split, limit=limit)
     mixture = None if experts is None and routers is None else MixtureLayout(experts or [], routers or [])
+    lean = LeanScoring(passes, accumulate_on, accumulate_dtype, autocast)
     described = {"model": model, **(mixture.describe() if mixture is not None else {})}
-    language_model = load_causal_lm(model, dtype=dtype, gguf_file=gguf_file)
+    language_model: Any = load_causal_lm(model, dtype=dtype, gguf_file=gguf_file)
+    language_model.to(usable_device(device))
     tokenizer = load_tokenizer(model, gguf_file=gguf_file)
     masks: dict[str, SafetyMask] = {}
     samples = {}
     for name, chosen in objectives.items():
-        scores = expected_safety_impact(
-            language_model, chosen, tokenizer, batch_size=batch_size, reduction=reduction, scale=scale, mixture=mixture
-        )
+        options: dict[str, Any] = {"batch_size": batch_size, "reduction": reduction, "mixture": mixture, **asdict(lean)}
+        # A judged reply is not known yet: the longest it can be, and room for its prompt.
+        longest = (1 if reduction == "absolute" else batch_size) * (max_new_tokens + _PROMPT_TOKENS)
+        tokens = longest if name == "guard_judged" else None
+        memory = estimate_scoring_memory(language_model, chosen, tokenizer, tokens=tokens, **options)
+        print(memory.summary())
+        memory.check_free()
+        scores = expected_safety_impact(language_model, chosen, tokenizer, scale=scale, **options)
         masks[name] = select_top(scores, fraction, metadata={**described, **chosen.describe()})
         if compare:
             samples[name] = sample_scores(scores)

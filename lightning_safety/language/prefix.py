@@ -54,7 +54,7 @@ def compute_shared_prefix(
     length = common_prefix_length(input_ids, attention_mask)
     length = length if limit is None else min(length, limit)
     body = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
-    if length < _SHORTEST or not isinstance(body, nn.Module) or not _can_share(model):
+    if length < _SHORTEST or not isinstance(body, nn.Module) or not can_share_prefix(model):
         return SharedPrefix(0, None)
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -83,7 +83,8 @@ def common_prefix_length(input_ids: Tensor, attention_mask: Tensor) -> int:
     return min(int(same.long().cumprod(dim=0).sum()), shortest - 1)
 
 
-def _can_share(model: nn.Module) -> bool:
+def can_share_prefix(model: nn.Module) -> bool:
+    """Return whether `compute_shared_prefix` can serve a model in its present mode, as far as that is known before."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict") or getattr(config, "is_encoder_decoder", False):
         return False

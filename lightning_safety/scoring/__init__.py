@@ -7,6 +7,7 @@ from lightning_safety.scoring.guard_judged import GuardJudgedSafety
 from lightning_safety.scoring.impact import expected_safety_impact, mean_gradients
 from lightning_safety.scoring.lean import LeanScoring
 from lightning_safety.scoring.mask import SafetyMask
+from lightning_safety.scoring.memory import ScoringMemory, estimate_scoring_memory
 from lightning_safety.scoring.mixture import MixtureLayout
 from lightning_safety.scoring.neurons import select_neurons
 from lightning_safety.scoring.objective import (
@@ -33,7 +34,9 @@ __all__ = [
     "RouterLoad",
     "SafetyMask",
     "SafetyObjective",
+    "ScoringMemory",
     "describe_mask",
+    "estimate_scoring_memory",
     "expected_safety_impact",
     "mean_gradients",
     "measure_router_load",

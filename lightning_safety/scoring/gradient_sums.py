@@ -136,6 +136,8 @@ class GradientSums:
                 finite.clear()
                 gradients.backward(loss)
                 _check_gradients(finite, sums, loss, place)
+                # What a backward pass did not reach would stay in memory beside the next batch.
+                del loss
         if self.shared:
             sum_over_processes(sums.values(), device=device)
         total_examples = sum(batch.examples for batch in batches)

@@ -56,8 +56,9 @@ def expected_safety_impact(
     (the same objects), ``requires_grad``, the mode of every submodule, the cache setting, and all random number
     generators. Frozen weights are scored too, and so are those that bitsandbytes quantised, as the dequantised ones,
     with inputs that are not quantised; `keep_unpacked` is called for these. Beside the forward pass, memory is needed
-    for the gradient of one weight, and for one float32 copy of all unless `passes`, `accumulate_on` or
-    `accumulate_dtype` choose less (`LeanScoring` says what these cost); `estimate_scoring_memory` says how much.
+    for one float32 copy of the weights, and for their gradients where rows share what they begin with, else for that of
+    one. `passes`, `accumulate_on` and `accumulate_dtype` make it less (`LeanScoring` says what these cost);
+    `estimate_scoring_memory` says how much it is.
 
     Args:
         model: A causal language model. Under LoRA its base weights are scored.

@@ -27,14 +27,15 @@ Autocast = Literal["bfloat16"]
 class LeanScoring:
     """What scoring gives up to take less memory or time; the defaults give up nothing.
 
-    The sums of gradients take 4 bytes for every scored weight: more than a model in bfloat16 itself. What each choice
-    costs, measured, is in ``docs/scaling.md``.
+    The sums of gradients take 4 bytes for every scored weight, twice a model in bfloat16. What each choice costs,
+    measured, is in ``docs/scaling.md``.
 
     Args:
         passes: Score the weights in at most so many blocks of consecutive tensors, as even as these allow, one pass
-            over all examples for each. Sums exist for one block at a time; with more than one block, finished scores go
-            to the CPU. The scores are the same, bit for bit where torch is deterministic. n passes take about
-            (n + 1) / 2 times as long: all run the whole model forward, and backward only as far as their block.
+            over all examples for each. Sums and gradients exist for one block at a time; with more than one block,
+            finished scores go to the CPU. The scores are the same, bit for bit where torch is deterministic. n passes
+            take about (n + 1) / 2 times as long: all run the whole model forward, and backward as far as their block.
+            It saves memory of a GPU; on a CPU, scores stay beside the sums.
         accumulate_on: Where sums and scores are. ``"device"``: with the weight. ``"cpu"``: in main memory; every
             gradient is copied there, so that one pass is enough but every batch copies as many numbers as are scored.
         accumulate_dtype: Of sums and scores, ``"float32"`` or ``"bfloat16"``. Bfloat16 takes half the memory and keeps

@@ -12,7 +12,7 @@ from pytorch_lightning import Callback
 
 from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation, SafetyRehearsal
 from lightning_safety.monitoring import OwnReplies
-from lightning_safety.scoring import MixtureLayout, RefusalLikelihood
+from lightning_safety.scoring import LeanScoring, MixtureLayout, RefusalLikelihood
 from tests.callbacks.toys import make_smallest_model, mask_of_everything
 
 ARGUMENTS = {
@@ -25,6 +25,7 @@ ARGUMENTS = {
     "tokenizer": "some/folder",
     "language_model": "model.student",
     "batch_size": 4,
+    "lean": {"passes": 3, "accumulate_on": "cpu", "accumulate_dtype": "bfloat16", "autocast": "bfloat16"},
     "seed": 3,
     "include": ["*.mlp.*", "*v_proj*"],
     "exclude": "*.0.*",
@@ -52,6 +53,7 @@ def test_arguments(kind: type[Callback], given: bool, tmp_path: Path) -> None:
     assert callback.choice.fraction == 0.02
     assert callback.choice.include == ["*.mlp.*", "*v_proj*"]
     assert callback.choice.mixture == MixtureLayout("*.moe.experts", "*.moe.gate")
+    assert callback.choice.lean == LeanScoring(3, "cpu", "bfloat16", "bfloat16")
     assert callback.method == "bottom"
     assert callback.mask == (mask if given else None)
     written = yaml.safe_load(parser.dump(parsed))["callbacks"][0]["init_args"]

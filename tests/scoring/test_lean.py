@@ -217,3 +217,24 @@ def test_blocks_are_as_even_as_tensors_allow(sizes: list[int], passes: int, expe
     blocks = weight_blocks(weights, passes)
     assert [[weight.numel() for weight in block.values()] for block in blocks] == expected
     assert [name for block in blocks for name in block] == list(weights)
+
+
+class Watched(RefusalMargin):
+    """Counts graphs of earlier batches that are still there when the next one begins."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.losses: list[weakref.ref[Tensor]] = []
+
+    def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
+        assert all(reference() is None for reference in self.losses)
+        loss = super().loss(model, batch)
+        self.losses.append(weakref.ref(loss))
+        return loss
+
+
+def test_no_graph_stands_beside_the_next_batch(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A pass that goes backward only to its block leaves the rest of a graph as it was."""
+    objective = Watched(limit=3)
+    expected_safety_impact(make_tiny_model(), objective, tiny_tokenizer, batch_size=1, passes=2)
+    assert len(objective.losses) == 6
