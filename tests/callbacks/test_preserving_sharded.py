@@ -62,6 +62,11 @@ def make_resumable() -> OwnModule:
     return Sharded(make_model(attention_dropout=0.2), adamw, tokenizer=make_tiny_tokenizer())
 
 
+def make_unscorable() -> OwnModule:
+    """Without a tokenizer there is nothing to score by."""
+    return Sharded(make_model(attention_dropout=0.2), adamw)
+
+
 def scored(folder: Path, saved: bool) -> list[Any]:
     spa = SafetyPreservingAdaptation(
         0.05, objective=RefusalMargin(limit=3), batch_size=1, save_mask=folder / f"{os.getpid()}.mask"
@@ -92,6 +97,13 @@ def test_scored_together_and_resumed_as_if_uninterrupted(tmp_path: Path) -> None
     assert alone.mask is not None
     assert mask.overlap(alone.mask) / (mask | alone.mask).count >= 0.99
     assert_held_together(uninterrupted, mask)
+    # One process takes up what two have saved; it scores nothing.
+    single = tmp_path / "single"
+    single.mkdir()
+    options |= {"ckpt_path": checkpoint, "processes": 1}
+    held = fit_together(single, "fsdp2", make_unscorable, partial(scored, single, False), **options)
+    assert SafetyMask.load(next(single.glob("*.mask"))) == mask
+    assert_held_together(held, mask)
 
 
 def enhancing() -> list[Any]:

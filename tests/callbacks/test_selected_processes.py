@@ -130,8 +130,16 @@ def test_scored_together_and_resumed_as_if_uninterrupted(tmp_path: Path, kind: K
     fit_alone(make_resumable(), [alone], steps=1)
     assert alone.mask is not None
     assert mask.overlap(alone.mask) / (mask | alone.mask).count >= 0.99
+    # One process takes up what two have saved.
+    later = kind(0.05, objective=RefusalMargin(limit=3))
+    with pytest.warns(UserWarning, match=r"saved by 2 process\(es\) and is resumed by 1: random numbers do not"):
+        resumed_alone = fit_alone(make_resumable(), [later], ckpt_path=whole / "epoch=0.ckpt", **options)
+    assert later.mask == mask
     model = make_model()
     before = weights_of(model)
+    model.load_state_dict(resumed_alone, strict=False)
+    assert_acted(kind, model, before, mask)
+    model = make_model()
     if kind is SafetyEnhancementTuning:
         SafetyPatch.load(whole / "patch.safetensors").apply(model)
         assert all(torch.equal(weight, uninterrupted[name]) for name, weight in model.named_parameters())
