@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast
 
 from lightning_safety.scoring import (
@@ -238,3 +239,28 @@ def test_no_graph_stands_beside_the_next_batch(tiny_tokenizer: PreTrainedTokeniz
     objective = Watched(limit=3)
     expected_safety_impact(make_tiny_model(), objective, tiny_tokenizer, batch_size=1, passes=2)
     assert len(objective.losses) == 6
+
+
+class TwoCheckpointed(Linear):
+    """A user's own checkpointing, which does not care about the mode: that of transformers rests while scoring."""
+
+    def __init__(self, *, checkpointed: bool) -> None:
+        super().__init__()
+        self.tail = nn.Linear(2, 2)
+        self.checkpointed = checkpointed
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.clone().requires_grad_()
+        for layer in (self.head, self.tail):
+            inputs = checkpoint(layer, inputs, use_reentrant=False) if self.checkpointed else layer(inputs)
+            inputs = inputs.tanh()
+        return inputs
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_activation_checkpointing_changes_no_bit(passes: int) -> None:
+    plain, model = TwoCheckpointed(checkpointed=False), TwoCheckpointed(checkpointed=True)
+    model.load_state_dict(plain.state_dict())
+    objective = MeanOutput(torch.randn(4, 3), torch.randn(2))
+    expected = expected_safety_impact(plain, objective, NO_TOKENIZER)
+    assert_same_bits(expected_safety_impact(model, objective, NO_TOKENIZER, passes=passes), expected)
