@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Below this a second forward pass costs more than it saves.
 _SHORTEST = 8
+_ATTENDS_TO_ALL = {"full_attention", "attention"}
 _OLD_NAME = "is_gradient_checkpointing"
 
 
@@ -95,6 +96,9 @@ def can_share_prefix(model: nn.Module) -> bool:
         return False
     # State-space models, and layers that see only a window.
     if getattr(model, "_is_stateful", False) or getattr(config, "sliding_window", None) is not None:
+        return False
+    # Linear attention and convolutions, some of which refuse a cache of keys and values.
+    if not set(getattr(config.get_text_config(), "layer_types", None) or ()) <= _ATTENDS_TO_ALL:
         return False
     if not model.training:
         return True
