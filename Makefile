@@ -21,7 +21,7 @@ check: $(VENV)/.dev  ## ruff, mypy --strict and doctests
 
 install: $(VENV)/.dev  ## The virtual environment with everything development needs
 
-BENCHMARKS := selection holding enhancing scoring overhead
+BENCHMARKS := selection holding enhancing overhead
 
 benchmark: $(VENV)/.dev  ## Tables and JSON in benchmarks/results; about forty minutes, with nothing else running
 	mkdir -p benchmarks/results

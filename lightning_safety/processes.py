@@ -184,6 +184,19 @@ def together(what: str) -> Iterator[None]:
         _exchange(("done", None))
 
 
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Inside of `together`, let an error end this process without telling the others: they may be in a collective.
+
+    They end when this process does, and their connection to it breaks.
+    """
+    try:
+        yield
+    except Exception as error:
+        error._known_to_other_processes = True  # type: ignore[attr-defined]
+        raise
+
+
 def _has_group() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 

@@ -33,7 +33,6 @@ from lightning_safety.scoring import (
 )
 from lightning_safety.scoring.mixture import check_layout
 from lightning_safety.scoring.neurons import Granularity
-from lightning_safety.scoring.shards import ShardedScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,11 +142,6 @@ class WeightChoice:
         subtracted: SafetyMask | None = None,
     ) -> SafetyMask:
         if self.granularity == "neuron":
-            if isinstance(scores, ShardedScores):
-                raise ValueError(
-                    "`granularity='neuron'` expected a model that is whole in every process but it is sharded. Use"
-                    " `granularity='weight'`, or pass a mask made on one device."
-                )
             if any(isinstance(module, Conv1D) for module in model.modules()):
                 raise ValueError(
                     "`granularity='neuron'` expected a model whose weights are stored [out, in] but"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_safety.arguments import check_positive
@@ -51,7 +52,8 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
     A resumed fit trains the weights of the fit it resumes and scores nothing; its random numbers continue where the
     checkpoint was saved. Another ``fit`` with the same callback is a new fit and scores again, unless a mask is given.
     ``validate``, ``test`` and ``predict`` see the trained model. Runs on a single device and, where the base trains,
-    under DDP: the processes share out the prompts to score, and exchange gradients of selected weights only.
+    under DDP: the processes share out the prompts to score, and exchange gradients of selected weights only. Every
+    backward pass must reach some of these in every process.
 
     Args:
         fraction: Fraction of the scored weights to train, in (0, 1]. Without effect where `mask` is given.
@@ -169,8 +171,9 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         else:
             self._before = snapshot_entries(model, mask) if not restored else restored["before"]
             self._training = CompactTraining(mask, replicated=several).attach(model, trainer.optimizers)
-        if several:
-            self._handles.append(WithoutExchange(trainer.strategy.model))  # type: ignore[arg-type]  # DDP
+        # Also around a single process.
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            self._handles.append(WithoutExchange(trainer.strategy.model))
         if self.average_last is not None:
             self._last_step = trainer.max_steps
             # After those of the training itself, so that the weights are those after the step.

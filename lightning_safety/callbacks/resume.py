@@ -14,6 +14,14 @@ from lightning_safety.randomness import restore_random_state
 from lightning_safety.scoring import SafetyObjective
 
 
+def of_all_processes(state: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return the random states of all processes, or the one where there is one, or after an error.
+
+    Then the process that failed saves alone, and the others do not come.
+    """
+    return state if world_size() == 1 or trainer.interrupted else gather(state)
+
+
 def restores_late(trainer: pl.Trainer) -> bool:
     """Whether the strategy loads a checkpoint after ``on_fit_start``: there, weights and states are not yet known."""
     return bool(trainer.strategy.restore_checkpoint_after_setup)
@@ -39,14 +47,14 @@ class CallbackWithRandomness(pl.Callback):
 
     def on_save_checkpoint(
         self,
-        trainer: pl.Trainer,  # noqa: ARG002
+        trainer: pl.Trainer,
         pl_module: pl.LightningModule,  # noqa: ARG002
         checkpoint: dict[str, Any],
     ) -> None:
         """Add the states of other processes: what Lightning saves is the first one's, and each draws other numbers."""
         state = checkpoint["callbacks"].get(self.state_key)
-        if state and world_size() > 1:
-            state["random"] = gather(state["random"])
+        if state:
+            state["random"] = of_all_processes(state["random"], trainer)
 
 
 class ResumedRandomness:

@@ -215,7 +215,7 @@ def _average_gradients(trained: list[_TrainedTensor]) -> None:
     def receive(position: int, mean: Tensor) -> None:
         trained[position].add_gradient(mean)
 
-    average = GradientAverage([torch.zeros_like(tensor.compact) for tensor in trained], receive)
+    average = GradientAverage([tensor.compact for tensor in trained], receive)
     for position, tensor in enumerate(trained):
         tensor.hand_on = partial(average.add, position)
 

@@ -23,7 +23,7 @@ from lightning_safety.enforcement.optimizers import check_reports_steps
 from lightning_safety.enforcement.releasable import Releasable
 from lightning_safety.processes import gather
 from lightning_safety.scoring.mask import SafetyMask
-from lightning_safety.scoring.shards import is_sharded
+from lightning_safety.scoring.shards import is_sharded, reshard
 
 
 class WeightHolder(Releasable):
@@ -75,6 +75,7 @@ class WeightHolder(Releasable):
         optimizers = list(optimizers)
         for optimizer in optimizers:
             check_reports_steps(optimizer)
+        reshard(model)
         self._held = [
             _HeldTensor(name, parameter, indices, gather_entries(parameter, indices))
             for name, parameter, indices in selected_parameters(model, self.mask, skip_quantized=True, sharded=True)

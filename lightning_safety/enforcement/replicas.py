@@ -64,15 +64,21 @@ class GradientAverage:
 class WithoutExchange:
     """Keeps torch's data parallelism from reducing gradients, until `remove`.
 
+    For good: Lightning says again after every forward pass of manual optimization that they are to be reduced. So the
+    class of the wrapper answers, not its attribute.
+
     Args:
         model: The wrapped model.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self._model = model
-        self._exchanged = model.require_backward_grad_sync
-        model.require_backward_grad_sync = False
+        self._kind = type(model)
+        never = property(lambda _: False, lambda *_: None)
+        # What pickles or prints it sees the class it was.
+        names = {"__module__": self._kind.__module__, "__qualname__": self._kind.__qualname__}
+        model.__class__ = type(self._kind.__name__, (self._kind,), names | {"require_backward_grad_sync": never})
 
     def remove(self) -> None:
-        """Let it reduce gradients again, if it did."""
-        self._model.require_backward_grad_sync = self._exchanged
+        """Let it reduce gradients again."""
+        self._model.__class__ = self._kind

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_safety.arguments import check_positive
 from lightning_safety.language.modes import evaluation_mode, uncompiled
 from lightning_safety.language.quantized import exact_inputs, keep_unpacked
-from lightning_safety.processes import check_alike, gather, share_of, sum_over_processes, together
+from lightning_safety.processes import check_alike, gather, share_of, sum_over_processes, together, unannounced
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.finite import has_finite_norm, is_finite
@@ -102,14 +102,11 @@ class GradientSums:
     ) -> Gradients:
         """Return the means of some weights; where these are not all, the loss may depend on none of them: `partly`."""
         if is_sharded(weights.values()):
-            return mean_of_shards(
-                self.model,
-                self.lean.wrap(self.objective),
-                batches,
-                weights,
-                self.lean,
-                show_progress=self.show_progress,
-            )
+            objective = self.lean.wrap(self.objective)
+            with unannounced():
+                return mean_of_shards(
+                    self.model, objective, batches, weights, self.lean, show_progress=self.show_progress
+                )
         # That of the embedding, where the model is spread over devices.
         device = next(self.model.parameters()).device
         objective = self.lean.wrap(self.objective)

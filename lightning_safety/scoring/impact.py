@@ -15,7 +15,7 @@ from lightning_safety.scoring.gradient_sums import GradientSums
 from lightning_safety.scoring.lean import AccumulateDtype, AccumulateOn, Autocast, LeanScoring
 from lightning_safety.scoring.mixture import MixtureLayout, find_mixture
 from lightning_safety.scoring.objective import SafetyObjective
-from lightning_safety.scoring.shards import is_sharded, local_part, sharded_scores
+from lightning_safety.scoring.shards import is_sharded, local_part, reshard, sharded_scores
 from lightning_safety.scoring.weights import scored_weights, weight_spread
 
 if TYPE_CHECKING:
@@ -89,8 +89,9 @@ def expected_safety_impact(
 
     Raises:
         ValueError: An argument is not one of its choices, a pattern matches nothing, or the model has no weights that
-            can be scored (sharded, without data, quantised by something else than bitsandbytes or repacked by it), or
-            has experts and neither its family nor `mixture` says where. Processes have different examples.
+            can be scored (sharded in an unknown way, without data, quantised by something else than bitsandbytes or
+            repacked by it), or has experts and neither its family nor `mixture` says where. Processes have different
+            examples.
         RuntimeError: The loss or a gradient is not finite (the message names batch and tensor), the loss does not
             depend on the weights, or the model uses reentrant gradient checkpointing. Another process failed.
 
@@ -103,6 +104,7 @@ def expected_safety_impact(
     """
     check_choice(reduction, "reduction", get_args(Reduction))
     check_choice(scale, "scale", get_args(Scale))
+    reshard(model)
     lean = LeanScoring(passes, accumulate_on, accumulate_dtype, autocast)
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     experts = find_mixture(model, mixture)
@@ -150,6 +152,7 @@ def mean_gradients(
     Returns:
         By canonical name, float32, on the weight's device and of its shape in the layer.
     """
+    reshard(model)
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
     sums = GradientSums(model, objective, batch_size, shared=shared, show_progress=show_progress)
     return sums.mean(tokenizer, weights)

@@ -97,11 +97,12 @@ def select_random(
     total = _count(scores, unscored)
     count = number_to_select(fraction, total)
     complement = count > total // 2
+    sizes = {name: math.prod(shape) for name, shape in _shapes(scores).items()}
     drawn = _distinct(total - count if complement else count, total, np.random.default_rng(seed))
     indices = {}
     start = 0
     for name, score in scores.items():
-        scored = score.numel() - sum(unscored.get(name, {}).values())
+        scored = sizes[name] - sum(unscored.get(name, {}).values())
         first, last = torch.searchsorted(drawn, torch.tensor([start, start + scored])).tolist()
         places = drawn[first:last] - start
         if complement:
@@ -110,7 +111,7 @@ def select_random(
             places = kept.nonzero().squeeze(1)
         if name in unscored:
             places = _places_of_scored(score, places)
-        indices[name] = places.to(index_dtype(score.numel()))
+        indices[name] = places.to(index_dtype(sizes[name]))
         start += scored
     own = {"method": "random", "fraction": str(fraction), "seed": str(seed)}
     return _mask(scores, indices, metadata, own, unscored)
@@ -151,7 +152,7 @@ def _select_by_score(
     count = number_to_select(fraction, total)
     if exclude is not None:
         _check_excluded(scores, exclude)
-    excluded = {} if exclude is None else exclude.indices
+    excluded = {} if exclude is None else {name: exclude.indices[name] for name in exclude.indices if name in scores}
     missing = {name: sum(counts.values()) for name, counts in unscored.items()}
     candidates = Candidates(scores, excluded, largest=method == "top", unscored=missing)
     sharded = isinstance(scores, ShardedScores)

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_safety.processes import rank, world_size
@@ -57,8 +58,16 @@ def sharded_scores(parts: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -
         {name: parts[name] for name in weights},
         {name: tuple(weight.shape) for name, weight in weights.items()},
         {name: local_start(weight) for name, weight in weights.items()},
-        next(iter(weights.values())).device,
+        exchange_device(next(iter(weights.values()))),
     )
+
+
+def exchange_device(weight: Tensor) -> torch.device:
+    """Return where the processes that a weight is spread over exchange tensors, wherever FSDP2 keeps its parts."""
+    kind = weight.device_mesh.device_type if isinstance(weight, DTensor) else weight.device.type
+    if kind in ("cpu", "mps"):
+        return torch.device(kind)
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -84,6 +93,13 @@ def local_indices(indices: Tensor, tensor: Tensor) -> Tensor:
     ends = torch.tensor([start, start + local_part(tensor).numel()], dtype=indices.dtype, device=indices.device)
     first, last = torch.searchsorted(indices, ends).tolist()
     return indices[first:last] - start
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 still holds whole, as after a forward pass without a backward one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(weights: Iterable[Tensor]) -> bool:

@@ -15,7 +15,7 @@ from lightning_safety.language.find import canonical_name, named_weights
 from lightning_safety.language.quantized import check_quantization_supported, is_quantized_weight
 from lightning_safety.processes import sum_over_processes
 from lightning_safety.scoring.mixture import Mixture, MixtureLayout, find_mixture, fused_parameters, in_adapter
-from lightning_safety.scoring.shards import is_sharded, local_part
+from lightning_safety.scoring.shards import exchange_device, is_sharded, local_part
 
 _SCORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NEVER_SCORED = "Biases, norms, embeddings, a tied output head, expert routers and adapters are never scored."
@@ -50,8 +50,8 @@ def scored_weights(
 
     Raises:
         ValueError: A pattern matches nothing (the message shows close names), nothing is left to score, a weight is
-            sharded, without data, or quantised by something else than bitsandbytes, or the model seems to have experts
-            and neither the table nor `mixture` says where.
+            sharded by DeepSpeed, without data, or quantised by something else than bitsandbytes, or the model seems to
+            have experts and neither the table nor `mixture` says where.
 
     Example:
         >>> from tests.tiny import make_tiny_model
@@ -84,7 +84,7 @@ def weight_spread(weight: Tensor) -> Tensor:
     """Return the population standard deviation σ of a weight, of each expert's slice where the experts are fused.
 
     Args:
-        weight: [out, in] or [experts, out, in]. Where it is sharded, every process must call this.
+        weight: [out, in] or [experts, out, in]. One [out, in] may be sharded; then every process must call this.
 
     Returns:
         float32, computed in float64; shape [] or [experts, 1, 1], so that it multiplies a score of the same weight.
@@ -107,7 +107,7 @@ def _sum_of_parts(parts: Iterable[Tensor], weight: Tensor) -> Tensor:
     for part in parts:
         total += part
     if is_sharded([weight]):
-        sum_over_processes([total], device=weight.device)
+        sum_over_processes([total], device=exchange_device(weight))
     return total
 
 

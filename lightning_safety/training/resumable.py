@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_safety.callbacks.resume import ResumedRandomness
+from lightning_safety.callbacks.resume import ResumedRandomness, of_all_processes
 from lightning_safety.language import canonical_name
-from lightning_safety.processes import gather
 from lightning_safety.randomness import capture_random_state
 from lightning_safety.training.adapters import (
     adapters_off,
@@ -100,8 +99,7 @@ class ResumableLanguageModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `export_checkpoint` and a resumed fit need; of a model with adapters, take out the base."""
         checkpoint[FILES_KEY] = pack_files(self.model, self.tokenizer)
-        states = gather(capture_random_state())
-        checkpoint[RANDOM_KEY] = states[0] if len(states) == 1 else states
+        checkpoint[RANDOM_KEY] = of_all_processes(capture_random_state(), self.trainer)
         if self._base_sample is not None:
             left_out, weights = base_names(self), checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: weights[name] for name in weights if name not in left_out}

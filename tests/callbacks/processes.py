@@ -32,11 +32,17 @@ class Sharded(OwnModule):
 
 
 def fit_alone(
-    module: OwnModule, callbacks: Sequence[pl.Callback], *, steps: int, ckpt_path: Path | None = None, **options: Any
+    module: OwnModule,
+    callbacks: Sequence[pl.Callback],
+    *,
+    steps: int,
+    ckpt_path: Path | None = None,
+    rows_a_step: int = PROCESSES,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Fit in this process, on the batches of all processes at a step as one."""
-    rows = make_batches(steps * PROCESSES)
-    batches = [torch.cat(rows[start : start + PROCESSES]) for start in range(0, len(rows), PROCESSES)]
+    rows = make_batches(steps * rows_a_step)
+    batches = [torch.cat(rows[start : start + rows_a_step]) for start in range(0, len(rows), rows_a_step)]
     pl.Trainer(**quiet(callbacks, **options)).fit(module, make_loader(batches), ckpt_path=ckpt_path)
     return {name: weight.detach() for name, weight in module.model.named_parameters()}
 
@@ -86,7 +92,10 @@ def _fit_process(
     module = make_module()
     settings = quiet(make_callbacks(), **options) | {"devices": processes, "strategy": chosen}
     rows = make_batches(steps * processes)[rank::processes]
-    pl.Trainer(**settings, use_distributed_sampler=False).fit(module, make_loader(rows), ckpt_path=resumed)
+    # With a sanity check, FSDP2 holds some weights whole when training starts.
+    validation = make_loader(rows[:1]) if settings["num_sanity_val_steps"] else None
+    trainer = pl.Trainer(**settings, use_distributed_sampler=False)
+    trainer.fit(module, make_loader(rows), validation, ckpt_path=resumed)
     weights = {
         name: weight.detach().full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
         for name, weight in module.model.named_parameters()

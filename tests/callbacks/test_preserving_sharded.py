@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation, SafetyRehearsal
-from lightning_safety.scoring import RefusalMargin, SafetyMask
+from lightning_safety.scoring import ObjectiveBatch, RefusalMargin, SafetyMask
 from tests.callbacks.processes import Sharded, fit_alone, fit_together
 from tests.callbacks.toys import OwnModule, adamw, assert_acted, make_smallest_model, mask_of_everything, weights_of
 from tests.enforcement.objectives import Opposed
@@ -29,7 +29,8 @@ def sgd(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
 
 def make_model(**options: Any) -> nn.Module:
     # 67 rows do not divide by two.
-    return make_smallest_model(vocab_size=512, max_position_embeddings=256, intermediate_size=67, **options)
+    settings = {"vocab_size": 512, "max_position_embeddings": 256, "intermediate_size": 67, **options}
+    return make_smallest_model(tie_word_embeddings=False, **settings)
 
 
 def make_module(kind: type[OwnModule], optimizers: Any = sgd) -> OwnModule:
@@ -77,7 +78,7 @@ def scored(folder: Path, saved: bool) -> list[Any]:
 
 
 def test_scored_together_and_resumed_as_if_uninterrupted(tmp_path: Path) -> None:
-    options = {"steps": 3, "max_epochs": 2}
+    options = {"steps": 3, "max_epochs": 2, "num_sanity_val_steps": 1}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     whole.mkdir()
     resumed.mkdir()
@@ -104,6 +105,24 @@ def test_scored_together_and_resumed_as_if_uninterrupted(tmp_path: Path) -> None
     held = fit_together(single, "fsdp2", make_unscorable, partial(scored, single, False), **options)
     assert SafetyMask.load(next(single.glob("*.mask"))) == mask
     assert_held_together(held, mask)
+
+
+class FailsInOne(RefusalMargin):
+    """Its loss cannot be computed in the second process."""
+
+    def loss(self, model: nn.Module, batch: ObjectiveBatch) -> torch.Tensor:
+        if os.environ.get("RANK") == "1":
+            raise RuntimeError("no loss in this process")
+        return super().loss(model, batch)
+
+
+def failing() -> list[Any]:
+    return [SafetyPreservingAdaptation(0.05, objective=FailsInOne(limit=3))]
+
+
+def test_an_error_while_scoring_in_one_process_ends_both_and_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="no loss in this process"):
+        fit_together(tmp_path, "fsdp2", make_resumable, failing, steps=1)
 
 
 def enhancing() -> list[Any]:

@@ -19,6 +19,8 @@ from lightning_safety.scoring import (
     SafetyMask,
     expected_safety_impact,
     select_bottom,
+    select_neurons,
+    select_random,
     select_top,
 )
 from lightning_safety.scoring.shards import ShardedScores
@@ -88,11 +90,14 @@ def made_up_scores() -> dict[str, Tensor]:
 
 def exclusion() -> SafetyMask:
     shapes = {name: tuple(scores.shape) for name, scores in made_up_scores().items()}
+    # A tensor that was not scored changes nothing.
+    shapes["elsewhere"] = (9, 9)
     return SafetyMask({name: torch.arange(0, rows * columns, 9) for name, (rows, columns) in shapes.items()}, shapes)
 
 
 def select_everything(scores: Any) -> list[SafetyMask]:
     found = [select(scores, fraction) for select in (select_top, select_bottom) for fraction in FRACTIONS]
+    found += [select_random(scores, fraction, seed=3) for fraction in FRACTIONS]
     return [*found, *(select_top(scores, fraction, exclude=exclusion()) for fraction in FRACTIONS[:4])]
 
 
@@ -115,26 +120,28 @@ def test_equal_scores_give_the_same_mask(tmp_path: Path) -> None:
 
 def refusals() -> list[str]:
     found = []
-    for options in ({"reduction": "absolute"}, {"exclude": None}):
-        model = shard(make_tiny_model())
-        if "exclude" in options:
-            next(iter(model.model.layers)).self_attn.v_proj.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    frozen = shard(make_tiny_model())
+    next(iter(frozen.model.layers)).self_attn.v_proj.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    partly = make_tiny_model()
+    fully_shard(next(iter(partly.model.layers)), mesh=init_device_mesh("cpu", (2,)))
+    sharded = shard(make_tiny_model())
+    for attempt in (
+        lambda: score(sharded, reduction="absolute"),
+        lambda: score(frozen),
+        lambda: score(partly),
+        lambda: select_neurons(score(sharded), 0.1),
+    ):
         try:
-            score(model, **options)
+            attempt()
         except ValueError as error:
             found.append(str(error))
-    try:
-        partly = make_tiny_model()
-        fully_shard(next(iter(partly.model.layers)), mesh=init_device_mesh("cpu", (2,)))
-        score(partly)
-    except ValueError as error:
-        found.append(str(error))
     return found
 
 
 def test_what_is_not_supported_is_refused(tmp_path: Path) -> None:
     for found in run_in_processes(tmp_path, refusals):
-        absolute, frozen, partly = found
+        absolute, frozen, partly, neurons = found
         assert "`model` expected not to be sharded beside `reduction='absolute'`" in absolute
         assert "v_proj.weight` is frozen. Unfreeze it" in frozen
         assert "is whole. Apply `fully_shard` to the model too" in partly
+        assert "`scores` expected to be of whole tensors" in neurons
