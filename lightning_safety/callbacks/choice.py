@@ -218,6 +218,11 @@ class TwoPrompts(SafetyObjective):
     def __init__(self, objective: SafetyObjective) -> None:
         self._objective = objective
 
+    @property
+    def prepares(self) -> bool:
+        """Whether the objective does."""
+        return self._objective.prepares
+
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Prepare the objective."""
         self._objective.prepare(model, tokenizer)

@@ -154,8 +154,7 @@ def warn_of_lost_objective(trainer: pl.Trainer, callback: object, objective: Saf
         objective: The objective.
         restored: What the checkpoint has of it.
     """
-    prepares = type(objective).prepare is not SafetyObjective.prepare
-    if trainer.ckpt_path is not None and prepares and not restored:
+    if trainer.ckpt_path is not None and objective.prepares and not restored:
         warnings.warn(
             f"The checkpoint has no state of {type(callback).__name__} for {type(objective).__name__}: what is"
             " rehearsed is what the model does in the checkpoint, not before its fit began.",

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
+from lightning_safety.processes import world_size
+
 
 def average_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replace tensors that every process holds whole by their means; those spread over processes are means already.
@@ -15,13 +17,13 @@ def average_over_processes(tensors: Sequence[Tensor]) -> None:
     All that every process computes alike is alike only up to rounding on devices whose sums have no fixed order. Where
     replicas would go apart by that, the mean keeps them together.
     """
-    if not _several():
+    if world_size() == 1:
         return
     replicated = [tensor for tensor in tensors if not hasattr(tensor, "to_local")]
     works = [distributed.all_reduce(tensor, async_op=True) for tensor in replicated]
     for tensor, work in zip(replicated, works, strict=True):
         work.wait()
-        tensor.div_(distributed.get_world_size())
+        tensor.div_(world_size())
 
 
 def failed_anywhere(passed: Sequence[Tensor]) -> list[bool]:
@@ -29,7 +31,7 @@ def failed_anywhere(passed: Sequence[Tensor]) -> list[bool]:
     if not passed:
         return []
     failed = torch.stack([~answer.to(passed[0].device) for answer in passed]).int()
-    if _several():
+    if world_size() > 1:
         distributed.all_reduce(failed)
     return [bool(count) for count in failed.tolist()]
 
@@ -42,7 +44,3 @@ def sum_of_products(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     # A sum over shards is a DTensor that waits to be added up.
     whole = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in parts]
     return float(torch.stack([part.cpu().double() for part in whole]).sum())
-
-
-def _several() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -10,6 +10,8 @@ from torch import Tensor, distributed
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_safety.processes import world_size
+
 
 class GradientAverage:
     """Averages a few vectors over processes, at the end of every backward pass that reaches one of them.
@@ -49,7 +51,7 @@ class GradientAverage:
             places = [place for place, vector in enumerate(self._vectors) if vector.dtype == dtype]
             parts = [fresh[place] if place in fresh else torch.zeros_like(self._vectors[place]) for place in places]
             # Divided first: a sum in half precision overflows where a mean does not.
-            found.append((places, torch.cat(parts).div_(distributed.get_world_size())))
+            found.append((places, torch.cat(parts).div_(world_size())))
             works.append(distributed.all_reduce(found[-1][1], async_op=True))
         for work in works:
             work.wait()

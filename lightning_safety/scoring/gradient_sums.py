@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from lightning_safety.language.quantized import exact_inputs, keep_unpacked
 from lightning_safety.processes import check_alike, gather, share_of, sum_over_processes, together, unannounced
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
-from lightning_safety.scoring.finite import has_finite_norm, is_finite
+from lightning_safety.scoring.finite import check_gradients, check_loss, has_finite_norm
 from lightning_safety.scoring.layer_gradients import WeightGradients
 from lightning_safety.scoring.lean import LeanScoring, weight_blocks
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
@@ -129,10 +128,10 @@ class GradientSums:
                 self._check_single(batch, place)
                 examples = batch.examples
                 loss = objective.loss(self.model, batch.to(device))
-                _check_loss(loss, place)
+                check_loss(loss, place)
                 finite.clear()
                 gradients.backward(loss)
-                _check_gradients(finite, sums, loss, place)
+                check_gradients(finite, sums, loss, place)
                 # What a backward pass did not reach would stay in memory beside the next batch.
                 del loss
         if self.shared:
@@ -145,8 +144,8 @@ class GradientSums:
         if not is_sharded(weights.values()):
             return
         check_shards(weights)
-        unlike = type(self.objective).prepare is not SafetyObjective.prepare
-        reason = "`reduction='absolute'`" if self.absolute else type(self.objective).__name__ if unlike else None
+        prepares = type(self.objective).__name__ if self.objective.prepares else None
+        reason = "`reduction='absolute'`" if self.absolute else prepares
         if reason is not None or not self.shared:
             raise ValueError(
                 f"`model` expected not to be sharded beside {reason or '`shared=False`'}. Score it on one device, for"
@@ -158,26 +157,6 @@ class GradientSums:
             raise ValueError(
                 f"`objective` expected to give one example a batch for `batch_size=1` but {place} holds"
                 f' {batch.examples}: `reduction="absolute"` needs the gradient of each example.'
-            )
-
-
-def _check_loss(loss: Tensor, place: str) -> None:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise RuntimeError(
-            f"The loss of `objective` is {value:g} in {place}. Check the model's weights and its dtype: float16"
-            " often overflows, bfloat16 and float32 do not."
-        )
-
-
-def _check_gradients(finite: dict[str, Tensor], sums: dict[str, Tensor], loss: Tensor, place: str) -> None:
-    """Refuse a batch after which a sum, by name, is not finite. One question to the device for all norms."""
-    answers = torch.stack([answer.to(loss.device) for answer in finite.values()]).tolist() if finite else []
-    for name, answer in zip(finite, answers, strict=True):
-        if not answer and not is_finite(sums[name]):
-            raise RuntimeError(
-                f"The gradient of `{name}` is not finite in {place}, although the loss is {float(loss.detach()):g}."
-                " Score the model in float32 or bfloat16."
             )
 
 

@@ -108,10 +108,7 @@ class WeightGradients:
             if self._partly:
                 self._forget()
                 return
-            raise RuntimeError(
-                "The loss of `objective` does not depend on the weights to score: it has no gradient. Compute it from"
-                " the model's output, without `torch.no_grad()` or `.detach()`."
-            )
+            raise has_no_gradient()
         if _has_reentrant_checkpoint(loss):
             raise RuntimeError(
                 "Reentrant gradient checkpointing hides the weights inside of it from gradients by weight. Turn it off"
@@ -199,6 +196,14 @@ class WeightGradients:
         self._leaves.clear()
         self._uses.clear()
         self._parts.clear()
+
+
+def has_no_gradient() -> RuntimeError:
+    """Return the error for a loss that no weight to score has a part in."""
+    return RuntimeError(
+        "The loss of `objective` does not depend on the weights to score: it has no gradient. Compute it from the"
+        " model's output, without `torch.no_grad()` or `.detach()`."
+    )
 
 
 @dataclass

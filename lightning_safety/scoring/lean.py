@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.language.quantized import weight_shape
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
+from lightning_safety.scoring.shards import local_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,9 +71,10 @@ class LeanScoring:
         return torch.bfloat16 if self.accumulate_dtype == "bfloat16" else torch.float32
 
     def zeros(self, weight: nn.Parameter) -> Tensor:
-        """Return an empty sum of the gradients of a weight, of its shape in the layer."""
-        device = torch.device("cpu") if self.accumulate_on == "cpu" else weight.device
-        return torch.zeros(weight_shape(weight), dtype=self.dtype, device=device)
+        """Return an empty sum of the gradients of a weight, of its shape in the layer, or of this process's part."""
+        local = local_part(weight)
+        device = torch.device("cpu") if self.accumulate_on == "cpu" else local.device
+        return torch.zeros(weight_shape(local), dtype=self.dtype, device=device)
 
     def wrap(self, objective: SafetyObjective) -> SafetyObjective:
         """Return the objective with its loss under autocast where that is chosen."""

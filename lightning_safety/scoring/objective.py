@@ -55,6 +55,11 @@ class SafetyObjective(ABC):
 
     bounded = True
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` does something: what follows from it depends on the model at that time."""
+        return type(self).prepare is not SafetyObjective.prepare
+
     def expect(self, examples: int | None) -> None:  # noqa: B027 # most have their examples ready
         """Hear, before `prepare`, how many examples will be taken in all; None where that is not known."""
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_safety.processes import gather, rank, world_size
 from lightning_safety.progress import track
-from lightning_safety.scoring.finite import is_finite
+from lightning_safety.scoring.finite import check_gradients, check_loss, has_finite_norm
+from lightning_safety.scoring.layer_gradients import has_no_gradient
 from lightning_safety.scoring.lean import LeanScoring
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
 from lightning_safety.scoring.shards import local_part
@@ -52,50 +52,36 @@ def mean_of_shards(
             " frozen. Unfreeze it, leave it out with `exclude=`, or score the model on one device and pass the mask."
         )
     device = next(model.parameters()).device
-    sums = {name: _zeros(weight, lean) for name, weight in weights.items()}
-    reached: set[str] = set()
+    sums = {name: lean.zeros(weight) for name, weight in weights.items()}
+    finite: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
-        reached.add(name)
         # FSDP2 gives every process the mean over processes.
-        sums[name].add_(gradient.to(sums[name].device), alpha=world_size())
+        finite[name] = has_finite_norm(sums[name].add_(gradient.to(sums[name].device), alpha=world_size()))
 
     starts = range(0, len(batches), world_size())
     with _gradients_go_to(add, model, weights):
         for start in track(starts, "Scoring weights", enabled=show_progress):
             own = start + rank()
-            batch, counted = (batches[own], batches[own].examples) if own < len(batches) else (batches[start], 0)
-            loss = objective.loss(model, batch.to(device))
+            number = own if own < len(batches) else start
+            loss = objective.loss(model, batches[number].to(device))
             if not loss.requires_grad:
-                raise RuntimeError(
-                    "The loss of `objective` does not depend on the weights to score: it has no gradient. Compute it"
-                    " from the model's output, without `torch.no_grad()` or `.detach()`."
-                )
-            torch.autograd.backward(loss * counted)
-            _check(loss, sums, reached, own)
-            reached.clear()
+                raise has_no_gradient()
+            finite.clear()
+            torch.autograd.backward(loss * (batches[number].examples if number == own else 0))
+            _check_everywhere(finite, sums, loss, f"batch {number + 1} of {len(batches)}")
     examples = sum(batch.examples for batch in batches)
     return {name: total.div_(examples) for name, total in sums.items()}
 
 
-def _zeros(weight: nn.Parameter, lean: LeanScoring) -> Tensor:
-    local = local_part(weight)
-    device = "cpu" if lean.accumulate_on == "cpu" else local.device
-    return torch.zeros(local.shape, dtype=lean.dtype, device=device)
-
-
-def _check(loss: Tensor, sums: Mapping[str, Tensor], reached: set[str], number: int) -> None:
+def _check_everywhere(finite: Mapping[str, Tensor], sums: Mapping[str, Tensor], loss: Tensor, place: str) -> None:
     """Refuse a loss or a sum that is not finite in any process, in all of them."""
-    value, problem = float(loss.detach()), None
-    if not math.isfinite(value):
-        problem = (
-            f"The loss of `objective` is {value:g} in batch {number + 1}. Check the model's weights and its dtype:"
-            " float16 often overflows, bfloat16 and float32 do not."
-        )
-    else:
-        bad = next((name for name in sums if name in reached and not is_finite(sums[name])), None)
-        if bad is not None:
-            problem = f"The gradient of `{bad}` is not finite, although the loss is {value:g}. Score in float32."
+    problem = None
+    try:
+        check_loss(loss, place)
+        check_gradients(finite, sums, loss, place)
+    except RuntimeError as error:
+        problem = str(error)
     problems = [found for found in gather(problem) if found is not None]
     if problems:
         raise RuntimeError(problems[0])

@@ -19,7 +19,7 @@ from lightning_safety.scoring.boundary import (
     sampled_rank,
 )
 from lightning_safety.scoring.mask_indices import index_dtype
-from lightning_safety.scoring.shards import ShardedScores
+from lightning_safety.scoring.shards import ShardedScores, indices_within
 
 
 def select_shards(
@@ -35,7 +35,9 @@ def select_shards(
         excluded: By name, sorted flat indices in the whole tensors that may not be selected.
         largest: Whether the highest are selected, or the lowest.
     """
-    own = {name: _within(indices, scores, name) for name, indices in excluded.items() if name in scores}
+    own = {
+        name: indices_within(indices, scores.starts[name], scores[name].numel()) for name, indices in excluded.items()
+    }
     candidates = Candidates(scores, own, largest=largest)
     boundary = _find_boundary(candidates, scores.count, sum(map(len, excluded.values())), count, scores.device)
     parts = {}
@@ -47,13 +49,6 @@ def select_shards(
         name: torch.cat(gather(part)).to(index_dtype(math.prod(scores.shapes[name])))
         for name, part in parts.items()
     }
-
-
-def _within(indices: Tensor, scores: ShardedScores, name: str) -> Tensor:
-    """Return those of some indices into a whole tensor that lie in this process's part, counted from its start."""
-    start = scores.starts[name]
-    first, last = torch.searchsorted(indices, torch.tensor([start, start + scores[name].numel()])).tolist()
-    return indices[first:last] - start
 
 
 def _find_boundary(candidates: Candidates, total: int, excluded: int, count: int, device: torch.device) -> Boundary:

@@ -89,9 +89,17 @@ def local_indices(indices: Tensor, tensor: Tensor) -> Tensor:
     """Return those of some sorted flat indices that this process holds, counted from its first entry."""
     if not isinstance(tensor, DTensor):
         return indices
-    start = local_start(tensor)
-    ends = torch.tensor([start, start + local_part(tensor).numel()], dtype=indices.dtype, device=indices.device)
-    first, last = torch.searchsorted(indices, ends).tolist()
+    return indices_within(indices, local_start(tensor), local_part(tensor).numel())
+
+
+def indices_within(indices: Tensor, start: int, length: int) -> Tensor:
+    """Return those of some sorted indices that lie in a run of entries, counted from its start.
+
+    Example:
+        >>> indices_within(torch.tensor([1, 4, 5, 9]), 4, 5)
+        tensor([0, 1])
+    """
+    first, last = torch.searchsorted(indices, torch.tensor([start, start + length], device=indices.device)).tolist()
     return indices[first:last] - start
 
 
@@ -113,14 +121,14 @@ def check_shards(weights: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: Some are whole and others not, or one is spread otherwise: by tensor parallelism, for instance.
     """
+    if not is_sharded(weights.values()):
+        return
     for name, weight in weights.items():
         if not isinstance(weight, DTensor):
-            if is_sharded(weights.values()):
-                raise ValueError(
-                    f"`model` expected to have all its weights sharded or none but `{name}` is whole. Apply"
-                    " `fully_shard` to the model too, not only to its layers."
-                )
-            continue
+            raise ValueError(
+                f"`model` expected to have all its weights sharded or none but `{name}` is whole. Apply"
+                " `fully_shard` to the model too, not only to its layers."
+            )
         over_all = weight.device_mesh.mesh.flatten().tolist() == list(range(world_size()))
         if weight.placements != (Shard(0),) or not over_all:
             raise ValueError(

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation, choice
+from lightning_safety.callbacks.choice import TwoPrompts
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.language import find_language_model
+from lightning_safety.monitoring import OwnReplies
 from lightning_safety.scoring import (
     RefusalLikelihood,
     RefusalMargin,
@@ -298,3 +300,9 @@ def test_nested_and_compiled_models(kind: type[SelectedWeightsCallback], compile
     trainer = pl.Trainer(**quiet([kind(mask=mask, language_model="model.student")]))
     trainer.fit(module, make_loader(make_batches(4)))
     assert_acted(kind, find_language_model(module), before, mask)
+
+
+def test_two_prompts_prepare_what_the_objective_prepares() -> None:
+    """A sharded model is refused for what an objective does to it, not for the wrapper that shortens a trial run."""
+    assert not TwoPrompts(RefusalMargin()).prepares
+    assert TwoPrompts(OwnReplies()).prepares
