@@ -12,10 +12,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.distributed.fsdp import fully_shard
 
 from tests.callbacks.toys import OwnModule, make_batches, make_loader, quiet
+from tests.spawned import start
 
 PROCESSES = 2
 MakeCallbacks = Callable[[], Sequence[pl.Callback]]
@@ -56,7 +57,7 @@ def fit_together(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (processes, port, folder, strategy, make_module, make_callbacks, options)
-    multiprocessing.spawn(_fit_process, args=arguments, nprocs=processes)
+    start(_fit_process, arguments, processes=processes)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
     for name, weight in found[0].items():
         assert all(torch.equal(weight, other[name]) for other in found), name
