@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Below this a second forward pass costs more than it saves.
 _SHORTEST = 8
+_ATTENDS_TO_ALL = {"full_attention", "attention"}
 _OLD_NAME = "is_gradient_checkpointing"
 
 
@@ -68,6 +69,26 @@ def compute_shared_prefix(
     return SharedPrefix(length, cache)
 
 
+class TokensRun(NamedTuple):
+    """What a forward pass of a batch runs.
+
+    Attributes:
+        tokens: How many tokens, padding included.
+        shared: Whether some are run by themselves before, so that every weight is used twice.
+    """
+
+    tokens: int
+    shared: bool
+
+
+def tokens_run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> TokensRun:
+    """Return what is run of a batch with what `compute_shared_prefix` would share; arguments as there."""
+    length = common_prefix_length(input_ids, attention_mask)
+    if length < _SHORTEST or not can_share_prefix(model):
+        length = 0
+    return TokensRun(input_ids.numel() - length * (len(input_ids) - 1), length > 0)
+
+
 def common_prefix_length(input_ids: Tensor, attention_mask: Tensor) -> int:
     """Return how many leading tokens are attended to and the same in all rows, at least one less than any row has.
 
@@ -95,6 +116,9 @@ def can_share_prefix(model: nn.Module) -> bool:
         return False
     # State-space models, and layers that see only a window.
     if getattr(model, "_is_stateful", False) or getattr(config, "sliding_window", None) is not None:
+        return False
+    # Linear attention and convolutions, some of which refuse a cache of keys and values.
+    if not set(getattr(config.get_text_config(), "layer_types", None) or ()) <= _ATTENDS_TO_ALL:
         return False
     if not model.training:
         return True
