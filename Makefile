@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check install clean
+.PHONY: quickstart test check install benchmark clean
 
 quickstart: $(VENV)/.quickstart  ## SmolLM2-135M-Instruct made to refuse: score, tune 1 % of the weights, evaluate, report
 	$(BIN)/lightning-safety recipes run quickstart
@@ -20,6 +20,15 @@ check: $(VENV)/.dev  ## ruff, mypy --strict and doctests
 	$(BIN)/python -m pytest -q --doctest-modules lightning_safety
 
 install: $(VENV)/.dev  ## The virtual environment with everything development needs
+
+BENCHMARKS := selection holding enhancing overhead
+
+benchmark: $(VENV)/.dev  ## Tables and JSON in benchmarks/results; about forty minutes, with nothing else running
+	mkdir -p benchmarks/results
+	set -e; for name in $(BENCHMARKS); do \
+		$(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json > benchmarks/results/$$name.md; \
+		cat benchmarks/results/$$name.md; \
+	done
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lightning_safety needs Python 3.11 or newer; set PYTHON=…" if sys.version_info < (3, 11) else 0)'

@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_safety.language import BUNDLED_MODEL, load_causal_lm, load_tokenizer
 from lightning_safety.scoring import (
     RefusalMargin,
+    SafetyMask,
     estimate_scoring_memory,
     expected_safety_impact,
     select_random,
@@ -109,17 +110,18 @@ def compare_masks() -> None:
     """Print how far the masks of all ways agree with that of the default, beside a random mask."""
     model, tokenizer = load_causal_lm(BUNDLED_MODEL, dtype="float32"), load_tokenizer(BUNDLED_MODEL)
     print("| | " + " | ".join(f"top {fraction:.1%}" for fraction in FRACTIONS) + " |\n|---|" + "---|" * len(FRACTIONS))
-    for reduction in ("signed", "absolute"):
-        own = {name: options for name, options in MASKS.items() if reduction == "signed" or "batch_size" not in options}
-        scores = score_for_mask(model, tokenizer, {"reduction": reduction})
-        expected = [select_top(scores, fraction) for fraction in FRACTIONS]
-        masks = {"random": [select_random(scores, fraction, seed=0) for fraction in FRACTIONS]}
-        for name, options in own.items():
-            found = score_for_mask(model, tokenizer, {"reduction": reduction, **options})
-            masks[name] = [select_top(found, fraction) for fraction in FRACTIONS]
-        for name, row in masks.items():
-            values = [(a & b).count / (a | b).count for a, b in zip(row, expected, strict=True)]
-            print(f"| {reduction}, {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |", flush=True)
+    scores = score_for_mask(model, tokenizer, {})
+    expected = [select_top(scores, fraction) for fraction in FRACTIONS]
+    print_agreement("random", [select_random(scores, fraction, seed=0) for fraction in FRACTIONS], expected)
+    for name, options in MASKS.items():
+        found = score_for_mask(model, tokenizer, options)
+        print_agreement(name, [select_top(found, fraction) for fraction in FRACTIONS], expected)
+
+
+def print_agreement(name: str, masks: list[SafetyMask], expected: list[SafetyMask]) -> None:
+    """Print a row with the Jaccard index of each mask and the one expected."""
+    values = [one.overlap(other) / (one | other).count for one, other in zip(masks, expected, strict=True)]
+    print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |", flush=True)
 
 
 def score_for_mask(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Tensor]:

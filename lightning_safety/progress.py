@@ -6,16 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-import torch.distributed
 from tqdm.auto import tqdm
 
+from lightning_safety.processes import rank
+
 Item = TypeVar("Item")
-
-
-def is_rank_zero() -> bool:
-    """Whether this process is the only one or the first of its group."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not ready or torch.distributed.get_rank() == 0
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None, enabled: bool = True) -> Iterator[Item]:
@@ -24,7 +19,7 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None, 
         items,
         desc=description,
         total=total,
-        disable=not (enabled and is_rank_zero()),
+        disable=not (enabled and rank() == 0),
         delay=2.0,
         leave=False,
         dynamic_ncols=True,

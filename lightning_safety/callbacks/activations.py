@@ -26,6 +26,7 @@ from lightning_safety.monitoring import (
     last_token_activations,
 )
 from lightning_safety.monitoring.activation_comparison import mean_of_defined
+from lightning_safety.processes import together
 from lightning_safety.randomness import preserved_random_state
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class ActivationOverlapMonitor(PromptMonitor):
     - ``check_seconds``.
 
     Values by layer are in ``safety.jsonl``; the figure ``activation_overlap`` shows both overlaps by layer. An overlap
-    says nothing of what a model does: measure that with `HarmfulnessMonitor`.
+    says nothing of what a model does: measure that with `HarmfulnessMonitor`. Under DDP, processes share the prompts.
 
     Args:
         every_n_steps: Check every so many optimizer steps. None: not by steps.
@@ -175,7 +176,7 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
             )
         super().on_train_start(trainer, pl_module)
         if self._start is None and not self._start_is_lost:
-            with preserved_random_state():
+            with together(f"The first look of {type(self).__name__}"), preserved_random_state():
                 self.measure(trainer, pl_module)
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check:
@@ -183,7 +184,9 @@ For the paper's choice, pass `layers=(0.65, 0.90)`.
         model, tokenizer = self._find(trainer, pl_module)
         prompts = [example.prompt for examples in self._examples.values() for example in examples]
         # Together, so that batches are full.
-        found = last_token_activations(model, tokenizer, prompts, layers=self.layers, batch_size=self.batch_size)
+        found = last_token_activations(
+            model, tokenizer, prompts, layers=self.layers, batch_size=self.batch_size, shared=True
+        )
         count = len(self._examples["harmful"])
         compared = compare_activations(
             {layer: activations[:count] for layer, activations in found.items()},

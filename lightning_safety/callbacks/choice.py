@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -118,7 +117,7 @@ class WeightChoice:
 
     def _scores(
         self, model: nn.Module, objective: SafetyObjective, tokenizer: PreTrainedTokenizerBase, quick: bool
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         return expected_safety_impact(
             model,
             TwoPrompts(objective) if quick else objective,
@@ -127,6 +126,8 @@ class WeightChoice:
             include=self.include,
             exclude=self.exclude,
             mixture=self.mixture,
+            # All of them are here, one or several.
+            shared=True,
             show_progress=self.show_progress,
             **asdict(self.lean),
         )
@@ -134,7 +135,7 @@ class WeightChoice:
     def _select(
         self,
         model: nn.Module,
-        scores: dict[str, Tensor],
+        scores: Mapping[str, Tensor],
         metadata: dict[str, str],
         *,
         seed: int = 0,
@@ -197,10 +198,7 @@ class GivenMask:
             return self.path.name
         if self._mask is None:
             return None
-        digest = hashlib.sha256(self._mask.fingerprint.encode())
-        for indices in self._mask.indices.values():
-            digest.update(indices.numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return self._mask.digest[:12]
 
     def read(self) -> SafetyMask | None:
         """Return the mask, or None where none was given.

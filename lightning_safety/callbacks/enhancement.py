@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_safety.arguments import check_positive
@@ -18,6 +19,7 @@ from lightning_safety.callbacks.choice import Method, WeightChoice
 from lightning_safety.callbacks.log import leaves_files
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.enforcement import AveragedWeights, CompactTraining, SafetyPatch, SparseDelta, snapshot_entries
+from lightning_safety.enforcement.replicas import WithoutExchange
 from lightning_safety.enforcement.sparse_delta import needs_sparse_delta
 from lightning_safety.language import find_language_model
 from lightning_safety.scoring import LeanScoring, MixtureLayout, SafetyMask, SafetyObjective
@@ -49,7 +51,9 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
 
     A resumed fit trains the weights of the fit it resumes and scores nothing; its random numbers continue where the
     checkpoint was saved. Another ``fit`` with the same callback is a new fit and scores again, unless a mask is given.
-    ``validate``, ``test`` and ``predict`` see the trained model. Runs on a single device.
+    ``validate``, ``test`` and ``predict`` see the trained model. Runs on a single device and, where the base trains,
+    under DDP: the processes share out the prompts to score, and exchange gradients of selected weights only. Every
+    backward pass must reach some of these in every process.
 
     Args:
         fraction: Fraction of the scored weights to train, in (0, 1]. Without effect where `mask` is given.
@@ -111,7 +115,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         self.average_last = None if average_last is None else check_positive(average_last, "average_last")
         self.patch_file = patch
         self._training: CompactTraining | SparseDelta | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | WithoutExchange] = []
         self._last_step = 0
 
     def _begin(self) -> None:
@@ -152,6 +156,13 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
                 f" selected weights {'were trained in the model' if sparse else 'were frozen or quantised'} there."
                 " Freeze and load the model as that fit did, or start a new fit from the weights."
             )
+        several = trainer.world_size > 1
+        if sparse and several:
+            raise ValueError(
+                f"`strategy` expected to run in one process where the base is frozen or quantised but"
+                f" {type(trainer.strategy).__name__} runs {trainer.world_size}. Pass `Trainer(devices=1,"
+                ' strategy="auto")`, or unfreeze the selected weights.'
+            )
         if sparse:
             self._training = SparseDelta(mask).attach(
                 model, trainer.optimizers, trained=restored.get("trained"), before=restored.get("before")
@@ -159,11 +170,14 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             self._before = self._training.before
         else:
             self._before = snapshot_entries(model, mask) if not restored else restored["before"]
-            self._training = CompactTraining(mask).attach(model, trainer.optimizers)
+            self._training = CompactTraining(mask, replicated=several).attach(model, trainer.optimizers)
+        # Also around a single process.
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            self._handles.append(WithoutExchange(trainer.strategy.model))
         if self.average_last is not None:
             self._last_step = trainer.max_steps
             # After those of the training itself, so that the weights are those after the step.
-            self._handles = [
+            self._handles += [
                 optimizer.register_step_post_hook(partial(self._average_step, trainer))
                 for optimizer in trainer.optimizers
             ]

@@ -42,6 +42,9 @@ class HarmfulnessMonitor(PromptMonitor):
     ``safety_replies.jsonl`` in the run folder, which only its owner can read. ``fast_dev_run`` uses two prompts of each
     kind and writes no file.
 
+    Under DDP the processes share the prompts: each lets its model reply to some and its judges read them, and the rates
+    are over all replies, as in one process.
+
     Args:
         every_n_steps: Check every so many optimizer steps. None: not by steps.
         every_n_epochs: Check at the end of every so many epochs. None: not by epochs.
@@ -139,6 +142,7 @@ Use split="monitor", or pass `allow_test=True`.
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             show_progress=False,
+            shared=True,
         )
         rates = {name: rate for name, rate in found.named_rates.items() if "/" in name}
         for name, rate in rates.items():

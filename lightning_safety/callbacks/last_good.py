@@ -19,6 +19,7 @@ from lightning_safety.enforcement.state_file import (
     restore_weights,
     write_weights,
 )
+from lightning_safety.processes import from_first, rank, together, world_size
 
 LAST_GOOD_FILE = "safety_last_good.safetensors"
 """The last good weights, in the run folder."""
@@ -63,28 +64,30 @@ class LastGoodWeights:
         Raises:
             OSError: The file cannot be written.
         """
-        weights = {name: tensor.cpu() for name, tensor in read_weights(module).items()}
-        if not leaves_files(trainer):
-            self._memory = {name: tensor.clone() for name, tensor in weights.items()}
-            self.good = GoodWeights(trainer.global_step, fingerprint(weights), None)
-            return
-        if trainer.is_global_zero and self.good is not None and self.good == self._named:
-            path = Path(self.good.path or "")
-            if path == _file(trainer) and path.is_file():
-                path.replace(path.with_name(CHECKPOINT_GOOD_FILE))
-        self._write(trainer, weights, trainer.global_step)
+        with together("Keeping the last good weights"):
+            if not leaves_files(trainer):
+                weights = read_weights(module)
+                self._memory = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+                self.good = GoodWeights(trainer.global_step, fingerprint(self._memory), None)
+                return
+            if rank() == 0 and self.good is not None and self.good == self._named:
+                path = Path(self.good.path or "")
+                if path == _file(trainer) and path.is_file():
+                    path.replace(path.with_name(CHECKPOINT_GOOD_FILE))
+            self._write(trainer, module, trainer.global_step)
 
-    def _write(self, trainer: pl.Trainer, weights: Mapping[str, Tensor], step: int) -> None:
+    def _write(self, trainer: pl.Trainer, module: nn.Module, step: int) -> None:
         good = None
-        if trainer.is_global_zero:
+        if rank() == 0:
+            # The first process alone knows the run folder: loggers of the others may name another.
             path = _file(trainer)
+            weights = {name: tensor.cpu() for name, tensor in read_weights(module).items()}
             write_weights(path, weights)
             good = GoodWeights(step, fingerprint(weights), str(path))
-        self.good = trainer.strategy.broadcast(good)
-        trainer.strategy.barrier("safety_last_good")
+        self.good = from_first(good)
 
     def restore(self, module: nn.Module) -> GoodWeights:
-        """Put the weights back, bit for bit, and return which they are.
+        """Put the weights back, bit for bit, and return which they are; on every process.
 
         Raises:
             ValueError: The file is gone or holds others.
@@ -92,17 +95,8 @@ class LastGoodWeights:
         """
         if self.good is None:
             raise ValueError("There are no last good weights to restore: none were kept.")
-        if self.good.path is None:
-            restore_weights(module, self._memory)
-            return self.good
-        path = Path(self.good.path)
-        weights = load_weights(path, self.good.sha256)
-        if weights is None:
-            raise ValueError(
-                f"`{path}` expected to hold the last good weights, of step {self.good.step}, but"
-                f" {_what_is_there(path)}. Nothing was restored. Leave the file alone during a fit."
-            )
-        restore_weights(module, weights)
+        with together("Restoring the last good weights"):
+            restore_weights(module, self._memory if self.good.path is None else _load(self.good, self.good.path))
         return self.good
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -117,9 +111,15 @@ class LastGoodWeights:
     def find(self, trainer: pl.Trainer, module: nn.Module) -> None:
         """Find the weights that a checkpoint names, for a fit that is resumed with the checkpoint's own weights.
 
+        On every process, of which the first looks.
+
         Raises:
             ValueError: The checkpoint names none, or they are gone.
         """
+        with together("Finding the last good weights"):
+            self._find(trainer, module)
+
+    def _find(self, trainer: pl.Trainer, module: nn.Module) -> None:
         if self.good is None:
             raise ValueError(
                 '`action="rollback"` expected a checkpoint that names its last good weights but it names none: it was'
@@ -127,21 +127,39 @@ class LastGoodWeights:
             )
         if self.good.path is None:
             return
-        old, new = Path(self.good.path), _file(trainer)
-        for path in dict.fromkeys(p for main in (old, new) for p in (main, main.with_name(CHECKPOINT_GOOD_FILE))):
-            if load_weights(path, self.good.sha256) is not None:
-                self.good = self._named = replace(self.good, path=str(path))
-                return
+        old = Path(self.good.path)
+        if path := from_first(_search(trainer, self.good) if rank() == 0 else None):
+            self.good = self._named = replace(self.good, path=path)
+            return
         # A checkpoint saved right after the check holds them itself.
-        weights = read_weights(module)
-        if fingerprint(weights) != self.good.sha256:
+        if fingerprint(read_weights(module)) != self.good.sha256:
             raise ValueError(
                 f"`{old}` expected to hold the last good weights of the checkpoint, of step {self.good.step}, but"
                 f" {_what_is_there(old)}. They are kept for the last checkpoint only. Resume from that one, pass"
                 " another `action`, or start a new fit from the checkpoint's weights."
             )
-        self._write(trainer, weights, self.good.step)
+        self._write(trainer, module, self.good.step)
         self._named = self.good
+
+
+def _load(good: GoodWeights, path: str) -> dict[str, Tensor]:
+    weights = load_weights(Path(path), good.sha256)
+    if weights is None:
+        shared = ", and the run folder where every process sees it" if world_size() > 1 else ""
+        raise ValueError(
+            f"`{path}` expected to hold the last good weights, of step {good.step}, but {_what_is_there(Path(path))}."
+            f" Nothing was restored. Leave the file alone during a fit{shared}."
+        )
+    return weights
+
+
+def _search(trainer: pl.Trainer, good: GoodWeights) -> str | None:
+    """Return the path under which good weights are now, if they are: the run folder may have moved."""
+    for main in (Path(good.path or ""), _file(trainer)):
+        for path in (main, main.with_name(CHECKPOINT_GOOD_FILE)):
+            if load_weights(path, good.sha256) is not None:
+                return str(path)
+    return None
 
 
 def _what_is_there(path: Path) -> str:

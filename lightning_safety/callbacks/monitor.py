@@ -7,7 +7,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ from lightning_safety.callbacks.log import (
     record,
     run_folder,
 )
-from lightning_safety.callbacks.strategies import check_strategy
+from lightning_safety.callbacks.strategies import REPLICATED, check_strategy
+from lightning_safety.processes import from_first, together
 from lightning_safety.randomness import preserved_random_state
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ class SafetyMonitor(pl.Callback, ABC):
     is one point in every logger at its optimizer step, one line of ``safety.jsonl``, and ``trainer.callback_metrics``.
     A fit that was killed and resumed has the same points as one that was not.
 
+    Runs on a single device and under DDP. There every process looks, at the same steps; what the first one finds is
+    what all have in ``trainer.callback_metrics``, and it alone writes. An error in one process ends all of them.
+
     Args:
         every_n_steps: Look every so many optimizer steps. None: not by steps.
         every_n_epochs: Look at the end of every so many epochs. None: not by epochs.
@@ -111,7 +115,11 @@ class SafetyMonitor(pl.Callback, ABC):
 
     @abstractmethod
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check | None:
-        """Look at the model and leave it as it was. None: there is nothing to look at in this stage."""
+        """Look at the model and leave it as it was; on every process, which may share the work.
+
+        Returns:
+            None where there is nothing to look at in this stage.
+        """
 
     def publish(self, trainer: pl.Trainer, check: Check) -> None:
         """Do what else a monitor does with a check; on rank zero, after it was logged."""
@@ -145,7 +153,7 @@ class SafetyMonitor(pl.Callback, ABC):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse strategies that are not supported, and begin a run unless the trainer goes on with one."""
-        check_strategy(trainer, self)
+        check_strategy(trainer, self, several=REPLICATED)
         self._metrics = {}
         # A checkpoint's state is loaded after this.
         if stage == "fit" and trainer.global_step == 0:
@@ -221,17 +229,21 @@ class SafetyMonitor(pl.Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, *, hook_may_log: bool = True
     ) -> None:
         started = time.perf_counter()
-        with preserved_random_state():
-            check = self.measure(trainer, pl_module)
-        if check is None:
-            return
-        if trainer.is_global_zero:
-            show_figures(trainer, check.figures)
-        metrics = {**check.metrics, "check_seconds": time.perf_counter() - started}
-        self._metrics = {f"safety/{name}": value for name, value in metrics.items()}
-        fill_callback_metrics(trainer, pl_module, self._logged, hook_may_log=hook_may_log)
-        if trainer.is_global_zero:
-            self._write_down(trainer, stage, check)
+        with together(f"The check of {type(self).__name__}"):
+            with preserved_random_state():
+                check = self.measure(trainer, pl_module)
+            if check is None:
+                return
+            if trainer.is_global_zero:
+                show_figures(trainer, check.figures)
+            # Processes that differed by a rounding, let alone by their clocks, could decide differently.
+            found = (dict(check.metrics), dict(check.outcomes), time.perf_counter() - started)
+            metrics, outcomes, seconds = from_first(found)
+            check = replace(check, metrics=metrics, outcomes=outcomes)
+            self._metrics = {f"safety/{name}": value for name, value in {**metrics, "check_seconds": seconds}.items()}
+            fill_callback_metrics(trainer, pl_module, self._logged, hook_may_log=hook_may_log)
+            if trainer.is_global_zero:
+                self._write_down(trainer, stage, check)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SafetyListener):
                 callback.on_safety_check(trainer, pl_module, stage, check)

@@ -16,14 +16,16 @@ from lightning_safety.arguments import check_positive
 from lightning_safety.callbacks.choice import Method, Minus, WeightChoice
 from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
 from lightning_safety.callbacks.planned_checks import last_step
-from lightning_safety.callbacks.selected import SelectedWeightsCallback
-from lightning_safety.callbacks.together import averaging_callback
+from lightning_safety.callbacks.selected import SelectedWeightsCallback, siblings_in
+from lightning_safety.callbacks.strategies import REPLICATED, SHARDED
+from lightning_safety.callbacks.together import check_can_change
 from lightning_safety.enforcement import HeldLora, WeightHolder
 from lightning_safety.enforcement.adapters import adapter_rows, has_adapters
 from lightning_safety.language import find_language_model
 from lightning_safety.language.quantized import keep_unpacked
 from lightning_safety.scoring import LeanScoring, MixtureLayout, SafetyMask, SafetyObjective
 from lightning_safety.scoring.neurons import Granularity
+from lightning_safety.scoring.shards import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +40,9 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
 
     A resumed fit holds the weights of the fit it resumes and scores nothing; its random numbers continue where the
     checkpoint was saved. Another ``fit`` with the same callback is a new fit and scores again, unless a mask is given.
-    ``validate``, ``test`` and ``predict`` are left alone. Runs on a single device.
+    ``validate``, ``test`` and ``predict`` are left alone. Runs on a single device and under DDP, where the processes
+    share out the prompts to score; and, without adapters, under ``ModelParallelStrategy`` (FSDP2) with data parallelism
+    alone, where it scores at the start of training, and each process its part of the weights.
 
     Under LoRA, frozen or quantised base or not, the adapters' product is taken out where weights are held, so that the
     effective weight does not move. That stays part of the model after the fit: save it with `save_held_adapter`, merge
@@ -94,6 +98,7 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
     """
 
     trains = False
+    strategies = (*REPLICATED, SHARDED)
 
     def __init__(
         self,
@@ -158,6 +163,11 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         self._holders = [WeightHolder(mask).attach(model, trainer.optimizers)]
         if not has_adapters(model):
             return self._holders[0].bytes
+        if is_sharded(model.parameters()):
+            raise ValueError(
+                "`strategy` expected not to shard a model with adapters beside SafetyPreservingAdaptation but it does."
+                " Use DDP, or one device."
+            )
         keep_unpacked(model)
         if self.choice.granularity == "neuron":
             self._holders.append(WeightHolder(adapter_rows(model, mask)).attach(model, trainer.optimizers))
@@ -216,7 +226,7 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._mask is None and self.rescore_every_n_steps is not None:
-            _check_can_change(trainer, find_language_model(pl_module, self.language_model))
+            check_can_change(trainer, siblings_in(trainer), find_language_model(pl_module, self.language_model))
         super()._choose(trainer, pl_module)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
@@ -272,23 +282,3 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
     def _check_adapters(self) -> None:
         if self._adapters is not None:
             self._adapters.check()
-
-
-def _check_can_change(trainer: pl.Trainer, model: nn.Module) -> None:
-    """Refuse to choose anew where what is held cannot be let go."""
-    if has_adapters(model):
-        raise ValueError(
-            "`rescore_every_n_steps` expected a model without adapters but it has some (LoRA or alike): their effective"
-            " weights can be held only from where the adapters add nothing, the start of a fit. Leave it out."
-        )
-    if any(isinstance(callback, SelectedWeightsCallback) and callback.trains for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            "`rescore_every_n_steps` expected no SafetyEnhancementTuning beside it but there is one, and a weight that"
-            " it trains might come to be held. Leave one of the two out."
-        )
-    averaging = averaging_callback(trainer)
-    if averaging is not None:
-        raise ValueError(
-            f"`rescore_every_n_steps` expected the weights to stay as trained but {averaging} replaces them by a mean,"
-            " in which held weights have values from before they were held. Leave one of the two out."
-        )

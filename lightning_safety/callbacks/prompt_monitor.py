@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from lightning_safety.callbacks.monitor import SafetyMonitor
 from lightning_safety.data import Example
 from lightning_safety.language import find_language_model, find_tokenizer
 from lightning_safety.monitoring import PromptSource, read_prompts
+from lightning_safety.processes import check_alike, together
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,13 +84,20 @@ class PromptMonitor(SafetyMonitor, ABC):
         super().setup(trainer, pl_module, stage)
         self._tokenizer = None
         limit = self.prompts if leaves_files(trainer) else _FAST_DEV_RUN_PROMPTS
-        self._examples = {
-            name: read_prompts(source, name, split=self.split, limit=limit)[1] for name, source in self.sources.items()
-        }
+        with together(f"Reading the prompts of {type(self).__name__}"):
+            self._examples = {
+                name: read_prompts(source, name, split=self.split, limit=limit)[1]
+                for name, source in self.sources.items()
+            }
+            for name, examples in self._examples.items():
+                # Processes share them out by their numbers.
+                digest = hashlib.sha256(repr(examples).encode()).hexdigest()
+                check_alike(digest, name, "Give every process the same prompts: copy the file to each machine.")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find model and tokenizer, so that a missing one stops the run before anything is trained."""
-        self._find(trainer, pl_module)
+        with together(f"Looking for the model and the tokenizer of {type(self).__name__}"):
+            self._find(trainer, pl_module)
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         # The model each time, as a callback may replace it; the tokenizer, which may lie on disk, once.

@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from lightning_safety.callbacks.log import fill_callback_metrics
 from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
 from lightning_safety.callbacks.resume import (
-    ResumedRandomness,
+    CallbackWithRandomness,
     check_state_version,
+    restores_late,
     warn_of_loaders_that_start_over,
     warn_of_lost_objective,
 )
 from lightning_safety.callbacks.scaling import gradient_scales
-from lightning_safety.callbacks.strategies import check_strategy
+from lightning_safety.callbacks.strategies import REPLICATED, SHARDED, check_strategy
 from lightning_safety.enforcement.optimizers import optimized_parameters
 from lightning_safety.enforcement.rehearsal import Rehearsal, RehearsalMode
 from lightning_safety.language import find_language_model, find_tokenizer
@@ -37,10 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _STATE_VERSION = 1
-_STRATEGIES = ("DDPStrategy", "ModelParallelStrategy")
 
 
-class SafetyRehearsal(pl.Callback):
+class SafetyRehearsal(CallbackWithRandomness):
     """Keeps a model safe while it is fine-tuned, by rehearsing refusals and answers on a few examples now and then.
 
     Before an optimizer's step the gradient of a safety loss on a small rotating batch is mixed into the task's, after
@@ -113,13 +113,14 @@ class SafetyRehearsal(pl.Callback):
     ) -> None:
         if every != "adaptive" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"`every` expected to be a whole number of at least 1 or 'adaptive' but got {every!r}.")
+        super().__init__()
         self.every = every
-        objective = OwnReplies() if objective is None else objective
-        self.rehearsal = Rehearsal(objective, mode=mode, weight=weight, batch_size=batch_size, seed=seed)
+        self.rehearsal = Rehearsal(
+            objective or OwnReplies(), mode=mode, weight=weight, batch_size=batch_size, seed=seed
+        )
         self.need = RehearsalNeed(watch_every_n_steps, tolerance, watch, watch_prompts) if every == "adaptive" else None
         self.tokenizer = tokenizer
         self.language_model = language_model
-        self._randomness = ResumedRandomness()
         self._begin()
 
     def _begin(self) -> None:
@@ -151,7 +152,7 @@ class SafetyRehearsal(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse strategies that are not supported, and forget an earlier fit."""
         if stage == "fit":
-            check_strategy(trainer, self, several=_STRATEGIES)
+            check_strategy(trainer, self, several=(*REPLICATED, SHARDED))
             self._begin()
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,12 +186,12 @@ class SafetyRehearsal(pl.Callback):
             self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
             if self.need is not None:
                 self.need.prepare()
-        self._randomness.at_fit_start(self._restored["random"] if self._restored else None)
+        if not restores_late(trainer):
+            self._randomness.at_fit_start(self._restored["random"] if self._restored else None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up where a checkpoint left, and look how safe the model is."""
-        known = self._restored["objective"] if self._restored else None
-        warn_of_lost_objective(trainer, self, self.rehearsal.objective, known)
+        warn_of_lost_objective(trainer, self, self.rehearsal.objective, (self._restored or {}).get("objective"))
         if self._restored is not None:
             if not self._continues:
                 # Strategies that shard the model restore only now.
@@ -235,8 +236,7 @@ class SafetyRehearsal(pl.Callback):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Log what was done so far."""
-        metrics = self.metrics
-        if metrics:
+        if metrics := self.metrics:
             pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

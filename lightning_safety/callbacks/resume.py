@@ -9,8 +9,52 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_safety.processes import gather, rank, world_size
 from lightning_safety.randomness import restore_random_state
 from lightning_safety.scoring import SafetyObjective
+
+
+def of_all_processes(state: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return the random states of all processes, or the one where there is one, or after an error.
+
+    Then the process that failed saves alone, and the others do not come.
+    """
+    return state if world_size() == 1 or trainer.interrupted else gather(state)
+
+
+def restores_late(trainer: pl.Trainer) -> bool:
+    """Whether the strategy loads a checkpoint after ``on_fit_start``: there, weights and states are not yet known."""
+    return bool(trainer.strategy.restore_checkpoint_after_setup)
+
+
+class CallbackWithRandomness(pl.Callback):
+    """A callback whose state holds, under ``random``, that of the random number generators of all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._randomness = ResumedRandomness()
+
+    def on_load_checkpoint(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Take up the random numbers where checkpoints are loaded after ``on_fit_start``."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state and trainer.state.fn == "fit" and restores_late(trainer):
+            self._randomness.at_fit_start(state["random"])
+
+    def on_save_checkpoint(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Add the states of other processes: what Lightning saves is the first one's, and each draws other numbers."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state:
+            state["random"] = of_all_processes(state["random"], trainer)
 
 
 class ResumedRandomness:
@@ -25,17 +69,34 @@ class ResumedRandomness:
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
 
-    def at_fit_start(self, state: dict[str, Any] | None) -> None:
-        """Restore `state`, of `capture_random_state`, as the last thing in ``on_fit_start``. None: not resumed."""
-        self._state = state
-        if state is not None:
-            restore_random_state(state)
+    def at_fit_start(self, state: dict[str, Any] | list[dict[str, Any]] | None) -> None:
+        """Restore a state as the last thing in ``on_fit_start``, or when it is loaded after that.
+
+        Args:
+            state: Of `capture_random_state`, or such of all processes. None: not resumed.
+        """
+        self._state = None if state is None else _own_state(state)
+        if self._state is not None:
+            restore_random_state(self._state)
 
     def at_train_start(self, trainer: pl.Trainer) -> None:
         """Restore it again in ``on_train_start``, if an epoch is continued."""
         if self._state is not None and continues_epoch(trainer):
             restore_random_state(self._state)
         self._state = None
+
+
+def _own_state(state: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Any] | None:
+    states = state if isinstance(state, list) else [state]
+    if len(states) == world_size():
+        return states[rank()]
+    if rank() == 0:
+        warnings.warn(
+            f"The checkpoint was saved by {len(states)} process(es) and is resumed by {world_size()}: random numbers do"
+            " not continue those of the fit that saved it.",
+            stacklevel=4,
+        )
+    return None
 
 
 def check_state_version(callback: object, state: Mapping[str, Any], version: int) -> None:

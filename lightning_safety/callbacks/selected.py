@@ -15,10 +15,16 @@ from torch import nn
 
 from lightning_safety.callbacks.choice import GivenMask, Method, WeightChoice
 from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
-from lightning_safety.callbacks.resume import ResumedRandomness, check_state_version, warn_of_loaders_that_start_over
-from lightning_safety.callbacks.strategies import check_strategy
+from lightning_safety.callbacks.resume import (
+    CallbackWithRandomness,
+    check_state_version,
+    restores_late,
+    warn_of_loaders_that_start_over,
+)
+from lightning_safety.callbacks.strategies import REPLICATED, check_strategy
 from lightning_safety.callbacks.together import check_together, held_fraction, number_of_weights
 from lightning_safety.language import find_language_model, find_tokenizer
+from lightning_safety.processes import check_alike, together
 from lightning_safety.randomness import capture_random_state
 from lightning_safety.scoring import SafetyMask
 from lightning_safety.scoring.expert_shares import expert_summary
@@ -26,7 +32,7 @@ from lightning_safety.scoring.expert_shares import expert_summary
 _STATE_VERSION = 1
 
 
-class SelectedWeightsCallback(pl.Callback, ABC):
+class SelectedWeightsCallback(CallbackWithRandomness, ABC):
     """Chooses weights at the start of a fit and does something with them until its end.
 
     All such callbacks of a trainer choose before the first of them acts, so that what they choose and every error is
@@ -34,9 +40,11 @@ class SelectedWeightsCallback(pl.Callback, ABC):
 
     Attributes:
         trains: Whether the selected weights are the only ones that train; else they are held.
+        strategies: Those for several devices that are supported.
     """
 
     trains: bool
+    strategies: tuple[str, ...] = REPLICATED
 
     def __init__(
         self,
@@ -46,12 +54,12 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         language_model: str | None,
         save_mask: str | os.PathLike[str] | None,
     ) -> None:
+        super().__init__()
         self.choice = choice
         self.tokenizer = tokenizer
         self.language_model = language_model
         self.save_mask = save_mask
         self._given = GivenMask(mask)
-        self._randomness = ResumedRandomness()
         self._mask: SafetyMask | None = None
         self._begin()
 
@@ -113,17 +121,18 @@ class SelectedWeightsCallback(pl.Callback, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse strategies that are not supported. Nothing happens outside a fit."""
         if stage == "fit":
-            check_strategy(trainer, self)
+            check_strategy(trainer, self, several=self.strategies)
             self._end()
             self._begin()
 
     def on_load_checkpoint(
         self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        pl_module: pl.LightningModule,  # noqa: ARG002
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
         """Remember which states of such callbacks a checkpoint has, to name them where ours is missing."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._similar_states = [key for key in checkpoint["callbacks"] if key.startswith(type(self).__qualname__)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,9 +148,15 @@ class SelectedWeightsCallback(pl.Callback, ABC):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the weights, unless a checkpoint says which, and begin to act on them."""
-        siblings = _siblings(trainer)
-        for callback in siblings:
-            callback._choose(trainer, pl_module)
+        if not restores_late(trainer):
+            self._start(trainer, pl_module)
+            self._randomness.at_fit_start(self._restored["random"] if self._resumes and self._restored else None)
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        siblings = siblings_in(trainer)
+        with together("Choosing weights"):
+            for callback in siblings:
+                callback._choose(trainer, pl_module)
         check_together(siblings)
         # Weights that a callback trains beside the base may be all that trains.
         trains = any(callback.trains for callback in siblings)
@@ -155,11 +170,12 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         memory = self.enforce(trainer, pl_module, self._model, self._mask)
         rank_zero_info(self._summary(self._model, self._mask, memory))
         self._write_mask(trainer)
-        self._randomness.at_fit_start(self._restored["random"] if self._resumes and self._restored else None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the fraction of the model's weights that is held, and take up the random numbers of a resumed fit."""
-        siblings = _siblings(trainer)
+        if restores_late(trainer):
+            self._start(trainer, pl_module)
+        siblings = siblings_in(trainer)
         if self is siblings[0]:
             assert self._model is not None
             metrics = {"safety/held_fraction": held_fraction(siblings, self._model)}
@@ -195,6 +211,7 @@ class SelectedWeightsCallback(pl.Callback, ABC):
             started = time.perf_counter()
             mask = self.choice.mask(model, lambda: self._find_tokenizer(trainer), quick=not leaves_files(trainer))
             self._seconds = time.perf_counter() - started
+        check_alike(mask.digest, "mask", "Give every process the same file, and the same model.")
         mask.check_model(model)
         if not mask.count:
             raise ValueError("`mask` expected to select weights but it selects none. Select some, or leave it out.")
@@ -249,5 +266,6 @@ class SelectedWeightsCallback(pl.Callback, ABC):
         )
 
 
-def _siblings(trainer: pl.Trainer) -> list[SelectedWeightsCallback]:
+def siblings_in(trainer: pl.Trainer) -> list[SelectedWeightsCallback]:
+    """Return all such callbacks of a trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, SelectedWeightsCallback)]  # type: ignore[attr-defined]

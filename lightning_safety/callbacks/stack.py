@@ -27,8 +27,8 @@ def preserve_safety(
     """Return the callbacks for tuning a model that is safe on a task that says nothing about safety.
 
     They are a `SafetyRehearsal` of the model's own replies and a `HarmfulnessMonitor` that shows whether it works. Why
-    these: what we measured of others is in ``docs/preserving.md``. The monitor runs on a single device; on several,
-    pass the first alone.
+    these: what we measured of others is in ``docs/preserving.md``. Both run on a single
+    device and under DDP.
 
     Args:
         budget: The extra training time to spend on rehearsals, as a share: about so much where a step takes 4 × 128

@@ -8,6 +8,12 @@ from typing import Any
 
 _PACKAGES = ("pytorch_lightning", "lightning")
 
+REPLICATED = ("DDPStrategy",)
+"""The strategies under which every process holds the whole model, for `check_strategy`."""
+
+SHARDED = "ModelParallelStrategy"
+"""That under which FSDP2 spreads the weights over processes."""
+
 
 def check_strategy(trainer: Any, callback: object, *, several: Collection[str] = ()) -> None:
     """Raise unless the trainer runs on a single device.

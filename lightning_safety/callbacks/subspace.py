@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -15,8 +13,9 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_safety.arguments import check_fraction, check_positive
 from lightning_safety.callbacks.choice import TwoPrompts
-from lightning_safety.callbacks.log import leaves_files, run_folder
+from lightning_safety.callbacks.log import leaves_files
 from lightning_safety.callbacks.monitor import Check, SafetyMonitor
+from lightning_safety.callbacks.start_file import StartFile, find_start_file, write_start_file
 from lightning_safety.callbacks.together import check_no_adapters, check_not_quantized
 from lightning_safety.drawing import check_matplotlib, has_matplotlib
 from lightning_safety.language import find_language_model, find_tokenizer
@@ -27,7 +26,6 @@ from lightning_safety.monitoring.references import (
     gradient_bases,
     saved_bases,
 )
-from lightning_safety.monitoring.subspace_file import SubspaceFile, file_hash
 from lightning_safety.monitoring.update_overlap import (
     SAFETY,
     UTILITY,
@@ -36,6 +34,7 @@ from lightning_safety.monitoring.update_overlap import (
     matrix_shapes,
     measure_update,
 )
+from lightning_safety.processes import together
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring import MixtureLayout, RefusalLikelihood, RefusalMargin, SafetyObjective, scored_weights
 
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
 
 _CPU_OPERATIONS = 3e10  # operations a second of a decomposition in float64, as measured on two cores
 _LONG_CHECK = 60.0  # seconds
-
-SUBSPACE_FILE = "safety_subspaces.safetensors"
-"""Start weights and reference subspaces, in the run folder."""
 
 
 class SubspaceOverlapMonitor(SafetyMonitor):
@@ -70,7 +66,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
     components. Start weights and subspaces are in ``safety_subspaces.safetensors`` of the run folder, and a resumed fit
     opens that file again or stops. A check changes nothing. ``validate`` and ``test`` have no start to compare with and
     are left alone. One such monitor fits into a trainer. Adapters (LoRA) are refused: under them these weights stand
-    still.
+    still. Under DDP the processes share the matrices, and all must see the run folder.
 
     Args:
         every_n_steps: Check every so many optimizer steps. None: not by steps.
@@ -146,16 +142,14 @@ class SubspaceOverlapMonitor(SafetyMonitor):
 
     def _begin_run(self) -> None:
         super()._begin_run()
-        self._file: SubspaceFile | None = None
-        self._hash = ""
+        self._start: StartFile | None = None
         self._entanglement: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state, and which file the updates are compared with."""
-        path = None if self._file is None or self._temporary is not None else str(self._file.path.absolute())
-        return {**super().state_dict(), "file": path, "sha256": self._hash}
+        start = {"file": None, "sha256": ""} if self._start is None else self._start.state
+        return {**super().state_dict(), **start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the run that a checkpoint belongs to."""
@@ -172,47 +166,45 @@ class SubspaceOverlapMonitor(SafetyMonitor):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the start weights and find the subspaces, or open those of the fit that goes on."""
         # The same trainer may go on without a checkpoint.
-        if self._file is not None:
+        if self._start is not None:
             return
-        model = find_language_model(pl_module, self.language_model)
-        weights = self._weights(model)
-        check_not_quantized(weights, "include")
-        check_no_adapters(model, weights, "include")
-        if trainer.ckpt_path is not None:
-            self._file = self._reopen(trainer, weights)
-        else:
-            self._begin_file(trainer, pl_module, model, weights)
-        assert self._file is not None
-        self._entanglement = entanglement(self._file) if self.watch_utility else {}
+        with together(f"The start of {type(self).__name__}"):
+            model = find_language_model(pl_module, self.language_model)
+            weights = self._weights(model)
+            check_not_quantized(weights, "include")
+            check_no_adapters(model, weights, "include")
+            if trainer.ckpt_path is None:
+                self._start = self._begin_file(trainer, pl_module, model, weights)
+            else:
+                name, shapes = type(self).__name__, matrix_shapes(weights)
+                self._start = find_start_file(
+                    trainer, self._restored, self.kinds, shapes, energy=self.energy, monitor=name
+                )
+            self._entanglement = entanglement(self._start.file) if self.watch_utility else {}
 
     def _begin_file(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module, weights: Mapping[str, Tensor]
-    ) -> None:
+    ) -> StartFile:
         started = time.perf_counter()
         _warn_of_large(weights)
         with preserved_random_state():
             bases = self._find_subspaces(trainer, pl_module, model, weights)
-        if leaves_files(trainer):
-            path = run_folder(trainer) / SUBSPACE_FILE
-        else:
-            self._temporary = tempfile.TemporaryDirectory()
-            path = Path(self._temporary.name) / SUBSPACE_FILE
         metadata = {"reference": describe_reference(self.reference), "energy": str(self.energy), "run": self._run}
-        if trainer.is_global_zero:
-            SubspaceFile.write(path, weights, bases, metadata)
-        self._file, self._hash = SubspaceFile(path), file_hash(path)
+        start = write_start_file(trainer, weights, bases, metadata)
+        path, count = start.file.path, len(start.file.matrices(SAFETY))
         kinds = f"{metadata['reference']}{' and of everyday answers' if self.watch_utility else ''}"
         rank_zero_info(
-            f"{type(self).__name__}: compares {len(bases[SAFETY])} matrices with the subspaces of {kinds};"
+            f"{type(self).__name__}: compares {count} matrices with the subspaces of {kinds};"
             f" {path.stat().st_size / 2**20:.0f} MiB in {path.name}; {time.perf_counter() - started:.1f} s."
         )
+        return start
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Check | None:
         """Compare the update so far."""
-        if self._file is None or trainer.state.fn != "fit":
+        if self._start is None or trainer.state.fn != "fit":
             return None
         weights = self._weights(find_language_model(pl_module, self.language_model))
-        found = measure_update(weights.items(), self._file, self.kinds, energy=self.energy)
+        found = measure_update(weights.items(), self._start.file, self.kinds, energy=self.energy, shared=True)
         details: dict[str, Any] = {"components": found.by("component"), "layers": found.by("layer")}
         if self._entanglement:
             details["entanglement"] = self._entanglement
@@ -234,6 +226,7 @@ class SubspaceOverlapMonitor(SafetyMonitor):
                 list(weights),
                 energy=self.energy,
                 show_progress=self.show_progress,
+                shared=True,
             )
         elif isinstance(self.reference, str):
             bases[SAFETY] = saved_bases(self.reference, SAFETY, matrix_shapes(weights), energy=self.energy)
@@ -255,28 +248,9 @@ class SubspaceOverlapMonitor(SafetyMonitor):
                 exclude=self.exclude,
                 mixture=self.mixture,
                 show_progress=self.show_progress,
+                shared=True,
             )
         return bases
-
-    def _reopen(self, trainer: pl.Trainer, weights: Mapping[str, Tensor]) -> SubspaceFile:
-        """Open the file of the resumed fit: an update against other start weights would be another number."""
-        if self._restored is None or self._restored["file"] is None:
-            raise ValueError(
-                f"The checkpoint expected to come from a fit with {type(self).__name__} but names no file of start"
-                " weights: what it has moved so far cannot be known. Leave the monitor out, or start a new fit."
-            )
-        self._hash = self._restored["sha256"]
-        # The run folder may have moved.
-        places = [Path(self._restored["file"]), run_folder(trainer) / SUBSPACE_FILE]
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise ValueError(
-                f"The resumed fit's start weights expected to be in {str(places[0])!r} but there is no such file. Put"
-                " it back, leave the monitor out, or start a new fit."
-            )
-        file = SubspaceFile(path, self._hash)
-        file.check(self.kinds, matrix_shapes(weights), energy=self.energy)
-        return file
 
 
 def _warn_of_large(weights: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytorch_lightning as pl
 from torch import nn
 
+from lightning_safety.enforcement.adapters import has_adapters
 from lightning_safety.language import canonical_name, count_weights, is_quantized_weight, named_weights
 from lightning_safety.scoring.mask import union_of_masks
 
@@ -97,3 +98,23 @@ def held_fraction(callbacks: Sequence[SelectedWeightsCallback], model: nn.Module
 def number_of_weights(model: nn.Module) -> int:
     """Return the number of weights of a model, tied ones once."""
     return count_weights(named_weights(model).values())
+
+
+def check_can_change(trainer: pl.Trainer, callbacks: Sequence[SelectedWeightsCallback], model: nn.Module) -> None:
+    """Refuse to choose anew where what is held cannot be let go."""
+    if has_adapters(model):
+        raise ValueError(
+            "`rescore_every_n_steps` expected a model without adapters but it has some (LoRA or alike): their effective"
+            " weights can be held only from where the adapters add nothing, the start of a fit. Leave it out."
+        )
+    if any(callback.trains for callback in callbacks):
+        raise ValueError(
+            "`rescore_every_n_steps` expected no SafetyEnhancementTuning beside it but there is one, and a weight that"
+            " it trains might come to be held. Leave one of the two out."
+        )
+    averaging = averaging_callback(trainer)
+    if averaging is not None:
+        raise ValueError(
+            f"`rescore_every_n_steps` expected the weights to stay as trained but {averaging} replaces them by a mean,"
+            " in which held weights have values from before they were held. Leave one of the two out."
+        )

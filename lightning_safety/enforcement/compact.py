@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from lightning_safety.enforcement.optimizers import (
     optimized_parameters,
 )
 from lightning_safety.enforcement.releasable import Releasable
+from lightning_safety.enforcement.replicas import GradientAverage
 from lightning_safety.scoring.mask import SafetyMask
 
 _NAMES_SHOWN = 5
@@ -42,6 +43,8 @@ class CompactTraining(Releasable):
 
     Args:
         mask: The weights to train, by canonical parameter name.
+        replicated: Whether each process trains a copy of the model on data of its own (DDP): the gradients of selected
+            weights are averaged over processes, and nothing else needs to be.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -55,8 +58,9 @@ class CompactTraining(Releasable):
         [[True, False]]
     """
 
-    def __init__(self, mask: SafetyMask) -> None:
+    def __init__(self, mask: SafetyMask, *, replicated: bool = False) -> None:
         self.mask = mask
+        self.replicated = replicated
         self._trained: list[_TrainedTensor] = []
         self._handles: list[RemovableHandle | FrozenParameters] = []
         self._unchecked: set[Optimizer] = set()
@@ -98,6 +102,8 @@ class CompactTraining(Releasable):
             tensor.take_gradient()
         for parameter in [*unselected, *others.values()]:
             parameter.grad = None
+        if self.replicated:
+            _average_gradients(trained)
         self._handles = [tensor.watch_gradient() for tensor in trained]
         # Of these the user's code may compute a loss that no selected weight is in.
         self._handles += [
@@ -159,6 +165,7 @@ class _TrainedTensor:
         self.parameter = parameter
         self.indices = indices
         self.compact = torch.nn.Parameter(self._gather(parameter))
+        self.hand_on: Callable[[Tensor], None] = self.add_gradient
         self._written = self.compact._version
 
     def _gather(self, tensor: Tensor) -> Tensor:
@@ -177,7 +184,9 @@ class _TrainedTensor:
             return
         if self.compact._version != self._written:
             raise evaluated_again(self.name)
-        entries = self._gather(gradient)
+        self.hand_on(self._gather(gradient))
+
+    def add_gradient(self, entries: Tensor) -> None:
         if self.compact.grad is None:
             self.compact.grad = entries
         else:
@@ -198,6 +207,17 @@ class _TrainedTensor:
             key: self._gather(value) if isinstance(value, Tensor) and value.shape == self.parameter.shape else value
             for key, value in state.items()
         }
+
+
+def _average_gradients(trained: list[_TrainedTensor]) -> None:
+    """Let what a backward pass gives be averaged over processes before it counts."""
+
+    def receive(position: int, mean: Tensor) -> None:
+        trained[position].add_gradient(mean)
+
+    average = GradientAverage([tensor.compact for tensor in trained], receive)
+    for position, tensor in enumerate(trained):
+        tensor.hand_on = partial(average.add, position)
 
 
 def _check_trainable(trained: list[_TrainedTensor], optimizers: list[Optimizer]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_safety.language.find import named_weights
 from lightning_safety.language.quantized import is_quantized_weight
 from lightning_safety.scoring.mask import SafetyMask
+from lightning_safety.scoring.shards import check_shards, is_sharded, local_indices, local_part
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -17,7 +18,7 @@ def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
     """Return a copy of the entries of `tensor` at flat (row-major) `indices`.
 
     Args:
-        tensor: Any shape and strides.
+        tensor: Any shape and strides. Of a sharded one, this process's part.
         indices: 1-D, int32 or int64, on the same device.
 
     Returns:
@@ -27,7 +28,7 @@ def gather_entries(tensor: Tensor, indices: Tensor) -> Tensor:
         >>> gather_entries(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 2]))
         tensor([2., 3.])
     """
-    flat = tensor.detach()
+    flat = local_part(tensor).detach()
     if flat.is_contiguous():
         return flat.view(-1).index_select(0, indices)
     return flat[torch.unravel_index(indices.long(), flat.shape)]
@@ -37,11 +38,12 @@ def scatter_entries(tensor: Tensor, indices: Tensor, values: Tensor | float) -> 
     """Write `values` into `tensor`, in place, at flat (row-major) `indices`.
 
     Args:
-        tensor: Any shape and strides; a parameter that requires gradient is written outside the autograd graph.
+        tensor: Any shape and strides, of a sharded one this process's part; a parameter that requires gradient is
+            written outside the autograd graph.
         indices: 1-D, int32 or int64, without duplicates, on the same device.
         values: One value per index in the dtype of `tensor`, or one number for all.
     """
-    flat = tensor.detach()
+    flat = local_part(tensor).detach()
     # index_copy_ and index_fill_ take int64 only; the copy of int32 indices lives for one tensor at a time.
     indices = indices.long()
     if not flat.is_contiguous():
@@ -68,7 +70,7 @@ def count_different_bits(left: Tensor, right: Tensor) -> int:
 
 
 def selected_parameters(
-    model: torch.nn.Module, mask: SafetyMask, *, skip_quantized: bool = False
+    model: torch.nn.Module, mask: SafetyMask, *, skip_quantized: bool = False, sharded: bool = False
 ) -> list[tuple[str, torch.nn.Parameter, Tensor]]:
     """Return (name, parameter, flat indices on the parameter's device) of each tensor with a selected entry.
 
@@ -76,10 +78,12 @@ def selected_parameters(
         model: The causal language model, or a wrapper of it.
         mask: Selects the entries.
         skip_quantized: Whether to leave out quantised weights, whose entries are packed.
+        sharded: Whether the caller deals with weights that FSDP2 spreads over processes. Of such, the indices are those
+            of entries that this process holds, counted from its first.
 
     Raises:
-        ValueError: A tensor of the mask is not in the model or has another shape (the message lists close names), or is
-            quantised and not to be left out.
+        ValueError: A tensor of the mask is not in the model or has another shape (the message lists close names), is
+            quantised and not to be left out, or is sharded where that is not expected, or in another way.
     """
     mask.check_model(model)
     weights = {name: weight for name, weight in named_weights(model).items() if name in mask.indices}
@@ -94,8 +98,16 @@ def selected_parameters(
             f" model, for instance `{packed[0]}`: their entries are packed and cannot be read or written one by one."
             " Load the model unquantised, for instance with `load_causal_lm(…, dtype=torch.bfloat16)`."
         )
+    if is_sharded(weights.values()) and not sharded:
+        raise ValueError(
+            "`model` expected to hold its weights whole but it is sharded over processes. Do this where the model is"
+            " whole: on one device, after the fit."
+        )
+    check_shards(weights)
     return [
-        (name, weights[name], mask.indices[name].to(weights[name].device)) for name in selected if name not in quantized
+        (name, weights[name], local_indices(mask.indices[name], weights[name]).to(weights[name].device))
+        for name in selected
+        if name not in quantized
     ]
 
 

@@ -21,7 +21,9 @@ from lightning_safety.enforcement.entries import (
 from lightning_safety.enforcement.gradients import dense_gradient, watch_gradient
 from lightning_safety.enforcement.optimizers import check_reports_steps
 from lightning_safety.enforcement.releasable import Releasable
+from lightning_safety.processes import gather
 from lightning_safety.scoring.mask import SafetyMask
+from lightning_safety.scoring.shards import is_sharded, reshard
 
 
 class WeightHolder(Releasable):
@@ -56,7 +58,7 @@ class WeightHolder(Releasable):
 
         The parameters are looked up by name here, so that a holder can be attached again after a model was wrapped,
         moved or loaded. Frozen parameters, tied ones and those in no optimizer are held as well. Quantised weights are
-        left alone: no optimizer trains them.
+        left alone: no optimizer trains them. Of a model that FSDP2 shards, each process holds its own part.
 
         Args:
             model: The causal language model, or a wrapper of it, that the mask was made for.
@@ -73,9 +75,10 @@ class WeightHolder(Releasable):
         optimizers = list(optimizers)
         for optimizer in optimizers:
             check_reports_steps(optimizer)
+        reshard(model)
         self._held = [
             _HeldTensor(name, parameter, indices, gather_entries(parameter, indices))
-            for name, parameter, indices in selected_parameters(model, self.mask, skip_quantized=True)
+            for name, parameter, indices in selected_parameters(model, self.mask, skip_quantized=True, sharded=True)
         ]
         self._handles = [held.watch_gradient() for held in self._held]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
@@ -97,8 +100,12 @@ class WeightHolder(Releasable):
             held.restore()
 
     def verify(self) -> int:
-        """Count the held weights whose bits are not those they were held at; 0 unless something went around us."""
-        return sum(held.count_moved() for held in self._held)
+        """Count the held weights whose bits are not those they were held at; 0 unless something went around us.
+
+        Where the model is sharded, every process must call this, and all get the same count.
+        """
+        moved = sum(held.count_moved() for held in self._held)
+        return sum(gather(moved)) if is_sharded(held.parameter for held in self._held) else moved
 
     def release(self) -> None:
         """Remove every hook and forget the values. The weights keep them. Releasing twice does nothing."""

@@ -9,12 +9,6 @@ import torch
 from torch import Tensor, distributed
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor that may be spread over several (a DTensor)."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
 def average_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replace tensors that every process holds whole by their means; those spread over processes are means already.
 

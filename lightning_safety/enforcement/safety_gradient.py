@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_safety.enforcement.gradients import dense_gradient
-from lightning_safety.enforcement.processes import average_over_processes, failed_anywhere, local_part
+from lightning_safety.enforcement.processes import average_over_processes, failed_anywhere
 from lightning_safety.language import canonical_name, evaluation_mode
 from lightning_safety.language.modes import uncompiled
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.finite import has_finite_norm, is_finite
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
+from lightning_safety.scoring.shards import local_part
 
 # By how much a loss is scaled down where its gradient overflows; a gradient scaler halves its scale, step by step.
 _BACK_OFF = 2.0**8

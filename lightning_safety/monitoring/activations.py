@@ -16,6 +16,7 @@ from lightning_safety.data.collator import TokenizedExample, length_buckets, pad
 from lightning_safety.language import encode_prompt, evaluation_mode, find_language_model, pad_token_id
 from lightning_safety.language.likelihood import forward_arguments
 from lightning_safety.language.prefix import compute_shared_prefix
+from lightning_safety.processes import gather_shares, share_of
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
 
@@ -34,6 +35,7 @@ def last_token_activations(
     layers: Sequence[float] = (0.65, 0.90),
     batch_size: int = 16,
     show_progress: bool = False,
+    shared: bool = False,
 ) -> Activations:
     """Return the residual stream at the last token of each prompt: there the model begins to answer.
 
@@ -49,6 +51,8 @@ def last_token_activations(
             in arXiv 2505.14185; or a list of numbers in 0 … n − 1. The last one is normalised, as transformers has it.
         batch_size: Prompts at a time; it changes nothing but rounding.
         show_progress: Whether to show a bar when it takes over two seconds.
+        shared: Whether the processes of the group share the prompts. Then every process must call this, and has them
+            all.
 
     Returns:
         By layer number, float32 [prompts, hidden] on the CPU.
@@ -66,8 +70,10 @@ def last_token_activations(
     numbers = layer_numbers(layers, _count_hidden_states(model))
     rows = [TokenizedExample(token_ids, token_ids) for token_ids in (encode_prompt(tokenizer, p) for p in prompts)]
     device = next(model.parameters()).device
-    batches = length_buckets([len(row.input_ids) for row in rows], batch_size)
-    parts: dict[int, list[Tensor]] = {number: [] for number in numbers}
+    share = share_of(range(len(rows))) if shared else list(range(len(rows)))
+    buckets = length_buckets([len(rows[index].input_ids) for index in share], batch_size)
+    batches = [[share[place] for place in bucket] for bucket in buckets]
+    by_prompt: dict[int, dict[int, Tensor]] = {}
     with torch.no_grad(), evaluation_mode(model), preserved_random_state():
         for indices in track(batches, "activations", enabled=show_progress):
             batch = pad_batch([rows[index] for index in indices], pad_token_id=pad_token_id(tokenizer))
@@ -75,10 +81,12 @@ def last_token_activations(
                 model, batch["input_ids"].to(device), batch["attention_mask"].to(device), numbers
             )
             _check_finite(states, indices)
-            for number in numbers:
-                parts[number].append(states[number])
-    order = torch.tensor([index for indices in batches for index in indices])
-    return {number: torch.cat(found)[order.argsort()] for number, found in parts.items()}
+            for place, index in enumerate(indices):
+                # Copies: one that is sent would else carry its whole batch along.
+                by_prompt[index] = {number: found[place].clone() for number, found in states.items()}
+    found_in_order = [by_prompt[index] for index in share]
+    found_in_order = gather_shares(found_in_order) if shared else found_in_order
+    return {number: torch.stack([found[number] for found in found_in_order]) for number in numbers}
 
 
 def last_token_states(

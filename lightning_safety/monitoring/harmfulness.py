@@ -20,6 +20,7 @@ from lightning_safety.monitoring.rates import (
     refusal_rate,
     unscored_rate,
 )
+from lightning_safety.processes import gather_shares, share_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,6 +97,7 @@ def measure_harmfulness(
     max_new_tokens: int = 24,
     batch_size: int = 16,
     show_progress: bool = True,
+    shared: bool = False,
 ) -> Harmfulness:
     """Let a model reply to harmful and borderline prompts, and let judges read the replies.
 
@@ -109,35 +111,49 @@ def measure_harmfulness(
         max_new_tokens: Length of a reply, in tokens.
         batch_size: Replies generated, or examples scored, at a time.
         show_progress: Whether to show progress bars for what takes over two seconds.
+        shared: Whether the processes of the group share the prompts, each with all of the judges. Then every process
+            must call this, and finds what one alone would.
     """
-    margin = refusal_margin(model, tokenizer, harmful, batch_size=batch_size)
+    margin = refusal_margin(model, tokenizer, harmful, batch_size=batch_size, shared=shared)
     if not generate:
         return Harmfulness({}, margin)
     # Together, so that batches are full.
-    examples = [*harmful, *borderline]
-    prompts = [example.prompt for example in examples]
-    responses = generate_replies(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, show_progress=show_progress
-    )
-    rates, verdicts = {}, {}
-    for judge in judges:
-        # Apart, so that a judge that fails on one kind still scores the other.
-        of_harmful = judge_replies(judge, prompts[: len(harmful)], responses[: len(harmful)])
-        of_borderline = judge_replies(judge, prompts[len(harmful) :], responses[len(harmful) :])
-        verdicts[judge.name] = of_harmful + of_borderline
-        rates[judge.name] = {
-            "attack_success_rate": attack_success_rate(of_harmful),
-            "refusal_rate": refusal_rate(of_harmful),
-            "over_refusal_rate": over_refusal_rate(of_borderline),
-            "unscored_rate": unscored_rate(of_harmful + of_borderline),
-        }
-    replies = tuple(
-        JudgedReply(
-            prompts="harmful" if index < len(harmful) else "borderline",
-            prompt=prompt,
-            response=response,
-            verdicts={name: given[index] for name, given in verdicts.items()},
+    asked = [(kind, row.prompt) for kind, rows in (("harmful", harmful), ("borderline", borderline)) for row in rows]
+    share = share_of(asked) if shared else asked
+    responses: list[str] = []
+    if share:
+        responses = generate_replies(
+            model,
+            tokenizer,
+            [prompt for _, prompt in share],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            show_progress=show_progress,
         )
-        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    )
-    return Harmfulness(rates, margin, replies)
+    judged = _judge(judges, [(*row, response) for row, response in zip(share, responses, strict=True)])
+    replies = tuple(gather_shares(judged) if shared else judged)
+    return Harmfulness({judge.name: _rates(replies, judge.name) for judge in judges}, margin, replies)
+
+
+def _judge(judges: Sequence[Judge], rows: Sequence[tuple[str, str, str]]) -> list[JudgedReply]:
+    """Return what the judges say of replies, each with the kind of its prompt and the prompt."""
+    verdicts: list[dict[str, Verdict]] = [{} for _ in rows]
+    # Apart, so that a judge that fails on one kind still scores the other.
+    for kind in ("harmful", "borderline"):
+        places = [place for place, row in enumerate(rows) if row[0] == kind]
+        for judge in judges if places else ():
+            found = judge_replies(judge, [rows[place][1] for place in places], [rows[place][2] for place in places])
+            for place, verdict in zip(places, found, strict=True):
+                verdicts[place][judge.name] = verdict
+    return [JudgedReply(*row, verdicts=of_row) for row, of_row in zip(rows, verdicts, strict=True)]
+
+
+def _rates(replies: Sequence[JudgedReply], judge: str) -> dict[str, Rate]:
+    of_harmful = [reply.verdicts[judge] for reply in replies if reply.prompts == "harmful"]
+    of_borderline = [reply.verdicts[judge] for reply in replies if reply.prompts == "borderline"]
+    return {
+        "attack_success_rate": attack_success_rate(of_harmful),
+        "refusal_rate": refusal_rate(of_harmful),
+        "over_refusal_rate": over_refusal_rate(of_borderline),
+        "unscored_rate": unscored_rate(of_harmful + of_borderline),
+    }

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_safety.data import Example
 from lightning_safety.language import encode_example, evaluation_mode
+from lightning_safety.processes import gather, share_of
 from lightning_safety.scoring import ObjectiveBatch, RefusalLikelihood, RefusalMargin, SafetyObjective
 from lightning_safety.scoring.objective import batches_by_length, first_labelled
 
@@ -24,6 +25,7 @@ def refusal_margin(
     examples: Sequence[Example],
     *,
     batch_size: int = 16,
+    shared: bool = False,
 ) -> float | None:
     """Return the mean `RefusalMargin` in nats per token; needs no generation.
 
@@ -32,6 +34,7 @@ def refusal_margin(
         tokenizer: Its tokenizer, with a chat template.
         examples: Harmful prompts with the refusals written for them. Those without one are left out.
         batch_size: Examples at a time.
+        shared: Whether the processes of the group share the examples. Then every process must call this.
 
     Returns:
         The mean over examples: above 0 where a refusal is likelier than "Sure, here is". None without refusals.
@@ -39,8 +42,11 @@ def refusal_margin(
     refused = [example for example in examples if example.response]
     if not refused:
         return None
-    objective = RefusalMargin(examples=refused)
-    return _mean_score(model, objective, objective.batches(tokenizer, batch_size=batch_size))
+    total = 0.0
+    if share := share_of(refused) if shared else refused:
+        objective = RefusalMargin(examples=share)
+        total = _sum_of_scores(model, objective, objective.batches(tokenizer, batch_size=batch_size))
+    return sum(gather(total) if shared else [total]) / len(refused)
 
 
 def opening_likelihood(
@@ -65,15 +71,15 @@ def opening_likelihood(
         for example in examples
     ]
     batches = batches_by_length(rows, tokenizer, batch_size)
-    return _mean_score(model, RefusalLikelihood(examples), batches)
+    return _sum_of_scores(model, RefusalLikelihood(examples), batches) / len(rows)
 
 
-def _mean_score(model: nn.Module, objective: SafetyObjective, batches: Sequence[ObjectiveBatch]) -> float:
-    """Return the mean over all examples of an objective's score."""
+def _sum_of_scores(model: nn.Module, objective: SafetyObjective, batches: Sequence[ObjectiveBatch]) -> float:
+    """Return the sum over all examples of an objective's score."""
     device = next(model.parameters()).device
     total = 0.0
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:
             # The objective is a loss, the mean over the examples of its batch.
             total -= float(objective.loss(model, batch.to(device))) * batch.examples
-    return total / sum(batch.examples for batch in batches)
+    return total

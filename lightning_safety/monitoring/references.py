@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lightning_safety.arguments import closest
 from lightning_safety.language.weight_files import WeightFiles, common_shapes
 from lightning_safety.monitoring.subspace import as_matrices, left_basis
 from lightning_safety.monitoring.subspace_file import SubspaceFile
+from lightning_safety.processes import map_in_rounds, rank
 from lightning_safety.progress import track
 from lightning_safety.scoring import MixtureLayout, RefusalMargin, SafetyObjective, mean_gradients
 
@@ -31,6 +32,7 @@ def gradient_bases(
     exclude: str | Sequence[str] | None = None,
     mixture: MixtureLayout | None = None,
     show_progress: bool = True,
+    shared: bool = False,
 ) -> dict[str, Tensor]:
     """Return bases of the leading left singular directions of an objective's gradient, by matrix.
 
@@ -44,6 +46,8 @@ def gradient_bases(
         exclude: Leave out those whose names match one of these.
         mixture: Where the experts and routers of a mixture of experts are, if its family is not known.
         show_progress: Whether to show bars.
+        shared: Whether the processes of the group, which hold the same weights, share examples and matrices. Then every
+            process must call this; the bases are the first one's alone, the others get none.
 
     Returns:
         float32 [rows, rank], on the CPU; of fused experts one for each, under ``name[number]``.
@@ -56,9 +60,14 @@ def gradient_bases(
         include=include,
         exclude=exclude,
         mixture=mixture,
+        shared=shared,
         show_progress=show_progress,
     )
-    return _bases(gradients, energy, show_progress)
+
+    def find(name: str) -> dict[str, Tensor]:
+        return _bases(name, gradients[name], energy)
+
+    return _collect(find, list(gradients), "Subspaces", show_progress, shared)
 
 
 def alignment_bases(
@@ -68,6 +77,7 @@ def alignment_bases(
     *,
     energy: float,
     show_progress: bool = True,
+    shared: bool = False,
 ) -> dict[str, Tensor]:
     """Return bases of the leading left singular directions of an alignment update, aligned − base, by matrix.
 
@@ -77,6 +87,7 @@ def alignment_bases(
         names: Of the weights.
         energy: The share of each update's energy to keep, in (0, 1].
         show_progress: Whether to show a bar.
+        shared: As for `gradient_bases`.
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or it lacks a file.
@@ -90,10 +101,11 @@ def alignment_bases(
                 f"`reference` expected checkpoints of the model that is trained but they have no `{name}`. "
                 f"{closest(name, shapes)}"
             )
-    updates: dict[str, Tensor] = {}
-    for name in track(names, "Alignment's subspaces", enabled=show_progress):
-        updates |= _bases({name: files[1].read(name).double() - files[0].read(name).double()}, energy, False)
-    return updates
+
+    def find(name: str) -> dict[str, Tensor]:
+        return _bases(name, files[1].read(name).double() - files[0].read(name).double(), energy)
+
+    return _collect(find, names, "Alignment's subspaces", show_progress, shared)
 
 
 def saved_bases(
@@ -116,11 +128,23 @@ def saved_bases(
     return {name: file.bases([kind], name)[kind] for name in shapes}
 
 
-def _bases(matrices: Mapping[str, Tensor], energy: float, show_progress: bool) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in track(matrices.items(), "Subspaces", total=len(matrices), enabled=show_progress):
-        for label, matrix in as_matrices(name, tensor).items():
-            found[label] = left_basis(matrix, energy=energy).vectors.float().cpu()
+def _bases(name: str, tensor: Tensor, energy: float) -> dict[str, Tensor]:
+    return {
+        label: left_basis(matrix, energy=energy).vectors.float().cpu()
+        for label, matrix in as_matrices(name, tensor).items()
+    }
+
+
+def _collect(
+    find: Callable[[str], dict[str, Tensor]], names: Sequence[str], description: str, show_progress: bool, shared: bool
+) -> dict[str, Tensor]:
+    """Return what is found under each name; where processes share the names, in the first of them alone."""
+    found: dict[str, Tensor] = {}
+    parts = map_in_rounds(find, names) if shared else map(find, names)
+    for part in track(parts, description, total=len(names), enabled=show_progress):
+        # One process writes them down; the memory of a machine need not hold them once for each.
+        if not shared or rank() == 0:
+            found |= part
     return found
 
 

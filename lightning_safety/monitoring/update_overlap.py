@@ -15,6 +15,7 @@ from lightning_safety.monitoring.cores import map_over_cores
 from lightning_safety.monitoring.subspace import as_matrices, check_matrix, random_overlap, subspace_overlap
 from lightning_safety.monitoring.subspace_file import SubspaceFile
 from lightning_safety.monitoring.updates import UpdateComparison, compare_to_bases
+from lightning_safety.processes import gather_shares, share_of
 from lightning_safety.scoring.components import COMPONENTS, component_of, layer_of
 
 if TYPE_CHECKING:
@@ -84,7 +85,12 @@ def matrix_shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def measure_update(
-    weights: Iterable[tuple[str, Tensor]], file: SubspaceFile, kinds: Sequence[str], *, energy: float
+    weights: Iterable[tuple[str, Tensor]],
+    file: SubspaceFile,
+    kinds: Sequence[str],
+    *,
+    energy: float,
+    shared: bool = False,
 ) -> UpdateOverlap:
     """Compare weights − weights at the start with the subspaces in a file, matrix by matrix.
 
@@ -93,6 +99,8 @@ def measure_update(
         file: Start weights and bases.
         kinds: Which bases.
         energy: The share of the update's energy that its own subspace keeps, in (0, 1].
+        shared: Whether the processes of the group, which hold the same weights, share the matrices. Then every process
+            must call this, and finds what one alone would.
 
     Raises:
         ValueError: A weight is not finite.
@@ -116,7 +124,9 @@ def measure_update(
             )
         return found
 
-    return UpdateOverlap(tuple(kinds), tuple(one for found in map_over_cores(compare, weights) for one in found))
+    by_weight = map_over_cores(compare, share_of(list(weights)) if shared else weights)
+    by_weight = gather_shares(by_weight) if shared else by_weight
+    return UpdateOverlap(tuple(kinds), tuple(one for found in by_weight for one in found))
 
 
 def entanglement(file: SubspaceFile) -> dict[str, float]:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_safety.scoring.mask_indices import index_dtype
+
 _BLOCK_ENTRIES = 2**20
-_SAMPLE_ENTRIES = 2**20
+SAMPLE_ENTRIES = 2**20
 
 
 @dataclass(frozen=True)
@@ -126,24 +128,56 @@ def find_boundary(candidates: Candidates, count: int) -> Boundary:
         candidates: At least `count` entries must be allowed, and `unscored` must count those that are NaN.
         count: How many to select, at least 1.
     """
-    limit = candidates.scored // 8 + _SAMPLE_ENTRIES
+    limit = candidates.scored // 8 + SAMPLE_ENTRIES
     if count <= limit:
         survivors = _survivors(candidates, _likely_lower_bound(candidates, count), limit)
         if survivors is not None and survivors.numel() >= count:
             value = survivors.topk(count, sorted=False).values.min()
             return Boundary(float(value), count - int((survivors > value).sum()))
-    return _histogram_boundary(candidates, count)
+    return histogram_boundary(lambda: _allowed(candidates), count)
+
+
+def collect(candidates: Candidates, boundary: Boundary) -> dict[str, Tensor]:
+    """Return by name the sorted flat indices of what lies above the boundary, and of its first ties. On the CPU."""
+    found: dict[str, list[Tensor]] = {name: [] for name in candidates.scores}
+    ties_left = boundary.ties
+    for block in candidates.blocks():
+        selected = block.values >= boundary.value
+        if block.allowed is not None:
+            selected &= block.allowed
+        places = selected.nonzero().squeeze(1)
+        if not places.numel():
+            continue
+        tied = block.values[places] == boundary.value
+        ties = int(tied.sum())
+        if ties > ties_left:
+            places = places[~tied | (tied.cumsum(0) <= ties_left)]
+        ties_left -= min(ties, ties_left)
+        dtype = index_dtype(candidates.scores[block.name].numel())
+        found[block.name].append((places + block.start).to("cpu", dtype))
+    return {name: torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32) for name, parts in found.items()}
 
 
 def _likely_lower_bound(candidates: Candidates, count: int) -> float:
     """Return a value that at least `count` allowed entries reach, up to an error of six standard deviations."""
-    if candidates.scored <= _SAMPLE_ENTRIES:
+    if candidates.scored <= SAMPLE_ENTRIES:
         return -math.inf
-    sample = candidates.sample(_SAMPLE_ENTRIES)
+    sample = candidates.sample(SAMPLE_ENTRIES)
     # Excluded entries are in the sample too, and may all lie above the boundary.
-    expected = sample.numel() * (count + candidates.excluded_count) / candidates.scored
-    rank = math.ceil(expected + 6 * math.sqrt(expected) + 10)
+    rank = sampled_rank(sample.numel(), count + candidates.excluded_count, candidates.scored)
     return float(sample.topk(rank, sorted=False).values.min()) if rank < sample.numel() else -math.inf
+
+
+def sampled_rank(drawn: int, count: int, total: int) -> int:
+    """Return the rank in a sample whose value at least `count` of the `total` entries very likely reach.
+
+    Args:
+        drawn: Size of the sample.
+        count: How many are to be selected, those included that may not be.
+        total: Of how many the sample was drawn.
+    """
+    expected = drawn * count / total
+    return math.ceil(expected + 6 * math.sqrt(expected) + 10)
 
 
 def _survivors(candidates: Candidates, lower_bound: float, limit: int) -> Tensor | None:
@@ -162,17 +196,25 @@ def _survivors(candidates: Candidates, lower_bound: float, limit: int) -> Tensor
     return torch.cat(found)
 
 
-def _histogram_boundary(candidates: Candidates, count: int) -> Boundary:
-    """Return the boundary from two histograms: of the upper 16 bits of all values, then of the lower 16 of one bin."""
+def histogram_boundary(
+    values: Callable[[], Iterable[Tensor]], count: int, *, add_up: Callable[[Tensor], Tensor] = lambda counts: counts
+) -> Boundary:
+    """Return the boundary from two histograms: of the upper 16 bits of all values, then of the lower 16 of one bin.
+
+    Args:
+        values: Called twice, gives the values in parts; at least `count` of them.
+        count: How many to select, at least 1.
+        add_up: Called with a histogram, int64 [65536] on the CPU; adds those of other values to it.
+    """
     bins, upper = 2**16, None
     remaining = count
     for _ in range(2):
         histogram = torch.zeros(bins, dtype=torch.int64)
-        for block in candidates.blocks():
-            values = block.values if block.allowed is None else block.values[block.allowed]
-            keys = _ordered_bits(values)
+        for part in values():
+            keys = _ordered_bits(part)
             digits = (keys >> 16) + bins // 2 if upper is None else keys[(keys >> 16) == upper] & (bins - 1)
             histogram += torch.bincount(digits, minlength=bins).cpu()
+        histogram = add_up(histogram)
         reached = histogram.flip(0).cumsum(0)
         digit = bins - 1 - int(torch.searchsorted(reached, remaining))
         remaining -= int(histogram[digit + 1 :].sum())
@@ -180,6 +222,11 @@ def _histogram_boundary(candidates: Candidates, count: int) -> Boundary:
             upper = digit - bins // 2
     assert upper is not None
     return Boundary(_value_of_bits((upper << 16) + digit), remaining)
+
+
+def _allowed(candidates: Candidates) -> Iterator[Tensor]:
+    for block in candidates.blocks():
+        yield block.values if block.allowed is None else block.values[block.allowed]
 
 
 def _ordered_bits(values: Tensor) -> Tensor:

@@ -3,30 +3,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
-from lightning_safety.arguments import check_choice, check_positive
-from lightning_safety.language.modes import evaluation_mode, uncompiled
-from lightning_safety.language.quantized import (
-    dequantized_weight,
-    exact_inputs,
-    keep_unpacked,
-    quantized_layers,
-)
-from lightning_safety.progress import track
-from lightning_safety.randomness import preserved_random_state
+from lightning_safety.arguments import check_choice
+from lightning_safety.language.quantized import dequantized_weight, quantized_layers
 from lightning_safety.scoring.experts import find_reached, unscore_unreached
-from lightning_safety.scoring.finite import has_finite_norm, is_finite
-from lightning_safety.scoring.layer_gradients import WeightGradients
-from lightning_safety.scoring.lean import AccumulateDtype, AccumulateOn, Autocast, LeanScoring, weight_blocks
+from lightning_safety.scoring.gradient_sums import GradientSums
+from lightning_safety.scoring.lean import AccumulateDtype, AccumulateOn, Autocast, LeanScoring
 from lightning_safety.scoring.mixture import MixtureLayout, find_mixture
-from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
+from lightning_safety.scoring.objective import SafetyObjective
+from lightning_safety.scoring.shards import is_sharded, local_part, reshard, sharded_scores
 from lightning_safety.scoring.weights import scored_weights, weight_spread
 
 if TYPE_CHECKING:
@@ -51,8 +40,9 @@ def expected_safety_impact(
     accumulate_on: AccumulateOn = "device",
     accumulate_dtype: AccumulateDtype = "float32",
     autocast: Autocast | None = None,
+    shared: bool = False,
     show_progress: bool = True,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     r"""Score every weight by the Expected Safety Impact (ESI).
 
     .. math:: \mathrm{ESI}_i = \sigma(W) \cdot \left| \mathbb{E}_x\, \partial S(x; \theta) / \partial \theta_i \right|
@@ -87,6 +77,9 @@ def expected_safety_impact(
         accumulate_on: ``"device"``: sums and scores are where the weight is. ``"cpu"``: in main memory.
         accumulate_dtype: Of sums and scores, ``"float32"`` or ``"bfloat16"``.
         autocast: ``"bfloat16"``: compute losses and gradients under autocast.
+        shared: Whether the processes of torch's default group call this together: they share out the examples. Each has
+            a copy of the same model on its own device, and all return the same scores; or FSDP2 has sharded it, and
+            each returns its parts (`ShardedScores`).
         show_progress: Whether a bar shows where this takes over two seconds.
 
     Returns:
@@ -96,10 +89,11 @@ def expected_safety_impact(
 
     Raises:
         ValueError: An argument is not one of its choices, a pattern matches nothing, or the model has no weights that
-            can be scored (sharded, without data, quantised by something else than bitsandbytes or repacked by it), or
-            has experts and neither its family nor `mixture` says where.
+            can be scored (sharded in an unknown way, without data, quantised by something else than bitsandbytes or
+            repacked by it), or has experts and neither its family nor `mixture` says where. Processes have different
+            examples.
         RuntimeError: The loss or a gradient is not finite (the message names batch and tensor), the loss does not
-            depend on the weights, or the model uses reentrant gradient checkpointing.
+            depend on the weights, or the model uses reentrant gradient checkpointing. Another process failed.
 
     Example:
         >>> from lightning_safety.scoring import RefusalMargin
@@ -110,10 +104,15 @@ def expected_safety_impact(
     """
     check_choice(reduction, "reduction", get_args(Reduction))
     check_choice(scale, "scale", get_args(Scale))
+    reshard(model)
     lean = LeanScoring(passes, accumulate_on, accumulate_dtype, autocast)
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
-    absolute = reduction == "absolute"
     experts = find_mixture(model, mixture)
+    if experts.experts and is_sharded(weights.values()):
+        raise ValueError(
+            "`model` expected to have no experts where it is sharded. Score it on one device, for instance with"
+            " `lightning-safety score`, and pass the saved mask."
+        )
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
     reached: dict[tuple[str, str], bool] = {}
 
@@ -125,13 +124,13 @@ def expected_safety_impact(
             if scale != "none":
                 weight = weights[name]
                 dense = dequantized_weight(layers[id(weight)]) if id(weight) in layers else weight.detach()
+                dense = dense if scale == "std" else local_part(dense)
                 score.mul_((weight_spread(dense) if scale == "std" else dense.abs()).to(score.device))
 
-    scores = _objective_gradients(
-        model, objective, tokenizer, weights, batch_size, absolute, show_progress, lean, finish
-    )
+    sums = GradientSums(model, objective, batch_size, reduction == "absolute", lean, shared, show_progress)
+    scores = sums.mean(tokenizer, weights, finish)
     unscore_unreached(scores, experts, reached)
-    return scores
+    return sharded_scores(scores, weights) if is_sharded(weights.values()) else scores
 
 
 def mean_gradients(
@@ -143,6 +142,7 @@ def mean_gradients(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     mixture: MixtureLayout | None = None,
+    shared: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     """Return the gradient of the objective's loss, the mean over examples, for every weight that can be scored.
@@ -152,125 +152,7 @@ def mean_gradients(
     Returns:
         By canonical name, float32, on the weight's device and of its shape in the layer.
     """
+    reshard(model)
     weights = scored_weights(model, include=include, exclude=exclude, mixture=mixture)
-    return _objective_gradients(model, objective, tokenizer, weights, batch_size, False, show_progress, LeanScoring())
-
-
-def _objective_gradients(
-    model: nn.Module,
-    objective: SafetyObjective,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: dict[str, nn.Parameter],
-    batch_size: int,
-    absolute: bool,
-    show_progress: bool,
-    lean: LeanScoring,
-    finish: Callable[[dict[str, Tensor]], object] = lambda _: None,
-) -> dict[str, Tensor]:
-    """Return the mean gradients of all blocks of weights; `finish` changes those of a block in place."""
-    check_positive(batch_size, "batch_size")
-    keep_unpacked(model)
-    with preserved_random_state(), _scoring_state(model, weights):
-        objective.prepare(model, tokenizer)
-        batches = objective.batches(tokenizer, batch_size=1 if absolute else batch_size)
-        if not batches:
-            raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")
-        objective = lean.wrap(objective)
-        blocks = weight_blocks(weights, lean.passes)
-        found: dict[str, Tensor] = {}
-        moved = False
-        for block in blocks:
-            # Every pass draws what the only one would draw.
-            with preserved_random_state():
-                gradients = _mean_gradients(
-                    model, objective, batches, block, absolute, show_progress, lean, partly=len(blocks) > 1
-                )
-            moved = moved or any(bool(gradient.any()) for gradient in gradients.values())
-            finish(gradients)
-            for name in block:
-                # Left where they are, or held by a name, they would stand beside the sums of the next block.
-                found[name] = gradients.pop(name) if len(blocks) == 1 else gradients.pop(name).cpu()
-    if not moved:
-        raise RuntimeError("The gradient of `objective` is zero for every weight: there is nothing to rank them by.")
-    return found
-
-
-def _mean_gradients(
-    model: nn.Module,
-    objective: SafetyObjective,
-    batches: Sequence[ObjectiveBatch],
-    weights: dict[str, nn.Parameter],
-    absolute: bool,
-    show_progress: bool,
-    lean: LeanScoring,
-    *,
-    partly: bool,
-) -> dict[str, Tensor]:
-    """Return the mean over examples of the loss gradients, or of their absolute values, by name.
-
-    Where the weights are only part of the model's, the loss may depend on none of them: `partly`.
-    """
-    # That of the embedding, where the model is spread over devices.
-    device = next(model.parameters()).device
-    sums = {name: lean.zeros(weight) for name, weight in weights.items()}
-    finite: dict[str, Tensor] = {}
-    examples = 0  # of the present batch
-
-    def add(name: str, gradient: Tensor) -> None:
-        gradient = (gradient.abs() if absolute else gradient).to(sums[name].device)
-        # What is not finite stays so in the sum, which is there to be looked at again.
-        finite[name] = has_finite_norm(sums[name].add_(gradient, alpha=examples))
-
-    with exact_inputs(model), WeightGradients(model, weights, add, partly=partly) as gradients:
-        for number, batch in enumerate(track(batches, "Scoring weights", enabled=show_progress), start=1):
-            place = f"batch {number} of {len(batches)}"
-            if absolute and batch.examples != 1:
-                raise ValueError(
-                    f"`objective` expected to give one example a batch for `batch_size=1` but {place} holds"
-                    f' {batch.examples}: `reduction="absolute"` needs the gradient of each example.'
-                )
-            examples = batch.examples
-            loss = objective.loss(model, batch.to(device))
-            _check_loss(loss, place)
-            finite.clear()
-            gradients.backward(loss)
-            _check_gradients(finite, sums, loss, place)
-            # What a backward pass did not reach would stay in memory beside the next batch.
-            del loss
-    total_examples = sum(batch.examples for batch in batches)
-    return {name: total.div_(total_examples) for name, total in sums.items()}
-
-
-def _check_loss(loss: Tensor, place: str) -> None:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise RuntimeError(
-            f"The loss of `objective` is {value:g} in {place}. Check the model's weights and its dtype: float16"
-            " often overflows, bfloat16 and float32 do not."
-        )
-
-
-def _check_gradients(finite: dict[str, Tensor], sums: dict[str, Tensor], loss: Tensor, place: str) -> None:
-    """Refuse a batch after which a sum, by name, is not finite. One question to the device for all norms."""
-    answers = torch.stack([answer.to(loss.device) for answer in finite.values()]).tolist() if finite else []
-    for name, answer in zip(finite, answers, strict=True):
-        if not answer and not is_finite(sums[name]):
-            raise RuntimeError(
-                f"The gradient of `{name}` is not finite in {place}, although the loss is {float(loss.detach()):g}."
-                " Score the model in float32 or bfloat16."
-            )
-
-
-@contextmanager
-def _scoring_state(model: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, full precision, gradients and uncompiled code, whatever surrounds the call; then as before."""
-    devices = {weight.device.type for weight in weights.values()}
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        # Compiled code would leave out the hooks that find gradients.
-        stack.enter_context(uncompiled())
-        stack.enter_context(evaluation_mode(model, use_cache=False))
-        yield
+    sums = GradientSums(model, objective, batch_size, shared=shared, show_progress=show_progress)
+    return sums.mean(tokenizer, weights)

@@ -108,6 +108,14 @@ class SafetyMask:
         listed = json.dumps(sorted((name, list(shape)) for name, shape in self.shapes.items()))
         return hashlib.sha256(listed.encode()).hexdigest()
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is selected from which tensors: the same for equal masks with tensors in the same order."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for indices in self.indices.values():
+            digest.update(indices.numpy().tobytes())
+        return digest.hexdigest()
+
     def __repr__(self) -> str:
         tensors = f"{len(self.shapes)} tensor{'' if len(self.shapes) == 1 else 's'}"
         method = f", method={self.metadata['method']}" if "method" in self.metadata else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_safety.arguments import check_fraction
 from lightning_safety.scoring.mask import SafetyMask
 from lightning_safety.scoring.selection import number_to_select
+from lightning_safety.scoring.shards import ShardedScores
 from lightning_safety.scoring.unscored import count_unscored, write_unscored
 
 Granularity = Literal["weight", "neuron"]
@@ -44,7 +45,8 @@ def select_neurons(
         metadata: Kept in the mask beside method, fraction and granularity.
 
     Raises:
-        ValueError: `fraction` is not in (0, 1], a tensor has no rows, or there is nothing to select from.
+        ValueError: `fraction` is not in (0, 1], a tensor has no rows, there is nothing to select from, or `scores` are
+            sharded.
 
     Example:
         >>> scores = {"q": torch.tensor([[0.1, 0.9], [0.4, 0.2]]), "v": torch.tensor([[0.9, 0.8], [0.0, 0.3]])}
@@ -52,6 +54,11 @@ def select_neurons(
         {'q': tensor([0, 1], dtype=torch.int32), 'v': tensor([0, 1], dtype=torch.int32)}
     """
     check_fraction(fraction)
+    if isinstance(scores, ShardedScores):
+        raise ValueError(
+            "`scores` expected to be of whole tensors but they are one process's parts, which hold no whole order of"
+            " rows. Select single weights (`granularity='weight'`, `select_top`), or score the model on one device."
+        )
     for name, score in scores.items():
         if score.dim() < 2:
             raise ValueError(f"`scores` expected to have rows but `{name}` is of shape {list(score.shape)}.")

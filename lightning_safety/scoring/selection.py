@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_safety.arguments import check_fraction, closest
-from lightning_safety.scoring.boundary import Boundary, Candidates, find_boundary
+from lightning_safety.scoring.boundary import Candidates, collect, find_boundary
 from lightning_safety.scoring.mask import SafetyMask
 from lightning_safety.scoring.mask_indices import index_dtype
+from lightning_safety.scoring.sharded_selection import select_shards
+from lightning_safety.scoring.shards import ShardedScores
 from lightning_safety.scoring.unscored import UNSCORED, Unscored, count_unscored, write_unscored
 
 _BLOCK_ENTRIES = 2**20
@@ -36,7 +38,8 @@ def select_top(
 
     Args:
         scores: A score for each weight, by tensor name, as `expected_safety_impact` returns them. float32, bfloat16 or
-            float16, any device. NaN marks what was not scored: it is as if it were not there.
+            float16, any device. NaN marks what was not scored: it is as if it were not there. Every process of a group
+            may give its parts, as `ShardedScores`: all get the mask that one would get from the whole tensors.
         fraction: Fraction of all scored weights to select, in (0, 1]. See `number_to_select`.
         exclude: Weights that may not be selected. They still count as scored, so that the number selected is the same.
         metadata: Kept in the mask beside the method, the fraction and how many weights of each tensor were not scored,
@@ -94,11 +97,12 @@ def select_random(
     total = _count(scores, unscored)
     count = number_to_select(fraction, total)
     complement = count > total // 2
+    sizes = {name: math.prod(shape) for name, shape in _shapes(scores).items()}
     drawn = _distinct(total - count if complement else count, total, np.random.default_rng(seed))
     indices = {}
     start = 0
     for name, score in scores.items():
-        scored = score.numel() - sum(unscored.get(name, {}).values())
+        scored = sizes[name] - sum(unscored.get(name, {}).values())
         first, last = torch.searchsorted(drawn, torch.tensor([start, start + scored])).tolist()
         places = drawn[first:last] - start
         if complement:
@@ -107,7 +111,7 @@ def select_random(
             places = kept.nonzero().squeeze(1)
         if name in unscored:
             places = _places_of_scored(score, places)
-        indices[name] = places.to(index_dtype(score.numel()))
+        indices[name] = places.to(index_dtype(sizes[name]))
         start += scored
     own = {"method": "random", "fraction": str(fraction), "seed": str(seed)}
     return _mask(scores, indices, metadata, own, unscored)
@@ -148,41 +152,25 @@ def _select_by_score(
     count = number_to_select(fraction, total)
     if exclude is not None:
         _check_excluded(scores, exclude)
-    excluded = {} if exclude is None else exclude.indices
+    excluded = {} if exclude is None else {name: exclude.indices[name] for name in exclude.indices if name in scores}
     missing = {name: sum(counts.values()) for name, counts in unscored.items()}
     candidates = Candidates(scores, excluded, largest=method == "top", unscored=missing)
-    available = total - candidates.excluded_count
+    sharded = isinstance(scores, ShardedScores)
+    held_back = sum(map(len, excluded.values())) if sharded else candidates.excluded_count
+    available = total - held_back
     if available < count:
         raise ValueError(
             f"`exclude` expected to leave at least {count:,} of the {total:,} scored weights, the number that"
             f" `fraction={fraction}` selects, but leaves {available:,}. Lower `fraction` or exclude fewer weights."
         )
-    indices = _collect(candidates, find_boundary(candidates, count))
+    if isinstance(scores, ShardedScores):
+        indices = select_shards(scores, count, excluded, largest=method == "top")
+    else:
+        indices = collect(candidates, find_boundary(candidates, count))
     own = {"method": method, "fraction": str(fraction)}
     if exclude is not None:
-        own["excluded"] = str(candidates.excluded_count)
+        own["excluded"] = str(held_back)
     return _mask(scores, indices, metadata, own, unscored)
-
-
-def _collect(candidates: Candidates, boundary: Boundary) -> dict[str, Tensor]:
-    """Return the sorted flat indices of what lies above the boundary, and of its first ties."""
-    found: dict[str, list[Tensor]] = {name: [] for name in candidates.scores}
-    ties_left = boundary.ties
-    for block in candidates.blocks():
-        selected = block.values >= boundary.value
-        if block.allowed is not None:
-            selected &= block.allowed
-        places = selected.nonzero().squeeze(1)
-        if not places.numel():
-            continue
-        tied = block.values[places] == boundary.value
-        ties = int(tied.sum())
-        if ties > ties_left:
-            places = places[~tied | (tied.cumsum(0) <= ties_left)]
-        ties_left -= min(ties, ties_left)
-        dtype = index_dtype(candidates.scores[block.name].numel())
-        found[block.name].append((places + block.start).to("cpu", dtype))
-    return {name: torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32) for name, parts in found.items()}
 
 
 def _distinct(count: int, total: int, generator: np.random.Generator) -> Tensor:
@@ -217,19 +205,26 @@ def _mask(
     own: dict[str, str],
     unscored: Unscored,
 ) -> SafetyMask:
-    shapes = {name: tuple(score.shape) for name, score in scores.items()}
+    shapes = _shapes(scores)
     given = {key: value for key, value in (metadata or {}).items() if key != UNSCORED}
     return SafetyMask(indices, shapes, {**given, **own, **write_unscored(unscored, shapes)})
 
 
 def _count(scores: Mapping[str, Tensor], unscored: Unscored) -> int:
     """Return the number of scored weights, at least 1."""
-    entries = sum(score.numel() for score in scores.values())
+    entries = sum(map(math.prod, _shapes(scores).values()))
     total = entries - sum(sum(counts.values()) for counts in unscored.values())
     if not total:
         found = "all are NaN, which marks what was not scored" if entries else "is empty"
         raise ValueError(f"`scores` expected to hold at least one weight but {found}. Score a model first.")
     return total
+
+
+def _shapes(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the whole tensors."""
+    if isinstance(scores, ShardedScores):
+        return scores.shapes
+    return {name: tuple(score.shape) for name, score in scores.items()}
 
 
 def _check_types(scores: Mapping[str, Tensor]) -> None:
@@ -243,7 +238,8 @@ def _check_types(scores: Mapping[str, Tensor]) -> None:
 
 def _check_excluded(scores: Mapping[str, Tensor], exclude: SafetyMask) -> None:
     """Refuse a mask of another model: same names but other shapes, or no name in common."""
-    shared = [name for name in exclude.shapes if name in scores]
+    shapes = _shapes(scores)
+    shared = [name for name in exclude.shapes if name in shapes]
     if not shared:
         first = next(iter(exclude.shapes), "")
         raise ValueError(
@@ -251,8 +247,8 @@ def _check_excluded(scores: Mapping[str, Tensor], exclude: SafetyMask) -> None:
             f" {closest(first, scores)}"
         )
     for name in shared:
-        if exclude.shapes[name] != tuple(scores[name].shape):
+        if exclude.shapes[name] != shapes[name]:
             raise ValueError(
                 f"`exclude` expected to have the shapes of the scores but `{name}` is {list(exclude.shapes[name])} in"
-                f" the mask and {list(scores[name].shape)} in the scores. Pass a mask made from the same model."
+                f" the mask and {list(shapes[name])} in the scores. Pass a mask made from the same model."
             )

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lightning_safety.arguments import closest
 from lightning_safety.language.find import canonical_name, named_weights
 from lightning_safety.language.quantized import check_quantization_supported, is_quantized_weight
+from lightning_safety.processes import sum_over_processes
 from lightning_safety.scoring.mixture import Mixture, MixtureLayout, find_mixture, fused_parameters, in_adapter
+from lightning_safety.scoring.shards import exchange_device, is_sharded, local_part
 
 _SCORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NEVER_SCORED = "Biases, norms, embeddings, a tied output head, expert routers and adapters are never scored."
@@ -49,8 +50,8 @@ def scored_weights(
 
     Raises:
         ValueError: A pattern matches nothing (the message shows close names), nothing is left to score, a weight is
-            sharded, without data, or quantised by something else than bitsandbytes, or the model seems to have experts
-            and neither the table nor `mixture` says where.
+            sharded by DeepSpeed, without data, or quantised by something else than bitsandbytes, or the model seems to
+            have experts and neither the table nor `mixture` says where.
 
     Example:
         >>> from tests.tiny import make_tiny_model
@@ -83,7 +84,7 @@ def weight_spread(weight: Tensor) -> Tensor:
     """Return the population standard deviation σ of a weight, of each expert's slice where the experts are fused.
 
     Args:
-        weight: [out, in] or [experts, out, in].
+        weight: [out, in] or [experts, out, in]. One [out, in] may be sharded; then every process must call this.
 
     Returns:
         float32, computed in float64; shape [] or [experts, 1, 1], so that it multiplies a score of the same weight.
@@ -94,10 +95,20 @@ def weight_spread(weight: Tensor) -> Tensor:
     """
     if weight.dim() == 3:
         return torch.stack([weight_spread(expert) for expert in weight]).view(-1, 1, 1)
-    flat = weight.detach().reshape(-1)
-    mean = sum(chunk.sum() for chunk in _in_float64(flat)) / flat.numel()
-    variance = sum((chunk - mean).square_().sum() for chunk in _in_float64(flat)) / flat.numel()
-    return torch.as_tensor(variance).sqrt().to(weight.device, torch.float32)
+    flat = local_part(weight.detach()).reshape(-1)
+    mean = _sum_of_parts((chunk.sum() for chunk in _in_float64(flat)), weight) / weight.numel()
+    variance = _sum_of_parts(((chunk - mean).square_().sum() for chunk in _in_float64(flat)), weight) / weight.numel()
+    return variance.sqrt().to(weight.device, torch.float32)
+
+
+def _sum_of_parts(parts: Iterable[Tensor], weight: Tensor) -> Tensor:
+    """Return a sum in float64, over all processes where the weight is sharded."""
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if weight.device.type == "mps" else weight.device)
+    for part in parts:
+        total += part
+    if is_sharded([weight]):
+        sum_over_processes([total], device=exchange_device(weight))
+    return total
 
 
 def _in_float64(flat: Tensor) -> Iterator[Tensor]:
@@ -150,13 +161,13 @@ def _check_readable(name: str, weight: nn.Parameter) -> None:
             f"`model` expected to hold its weights but `{name}` is on the meta device. Load them before scoring."
         )
     # DeepSpeed ZeRO-3 leaves an empty tensor with a `ds_id` where a weight was.
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or not weight.numel():
+    if hasattr(weight, "ds_id") or not weight.numel():
         raise ValueError(
             f"`model` expected to hold its weights whole but `{name}` is sharded. Score the model unsharded, for"
             " instance with `lightning-safety score`, and pass the saved mask."
         )
     # torchao's dtype is that of the dense weight.
-    if type(weight.data) is not Tensor and not is_quantized_weight(weight):
+    if type(local_part(weight.data)) is not Tensor and not is_quantized_weight(weight):
         raise ValueError(
             f"`model` expected to have plain weights but `{name}` is a {type(weight.data).__name__}."
             f" {_SCORE_UNQUANTISED}"

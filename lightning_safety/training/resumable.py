@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_safety.callbacks.resume import ResumedRandomness
+from lightning_safety.callbacks.resume import ResumedRandomness, of_all_processes
 from lightning_safety.language import canonical_name
 from lightning_safety.randomness import capture_random_state
 from lightning_safety.training.adapters import (
@@ -66,7 +66,7 @@ class ResumableLanguageModule(pl.LightningModule):
         elif keeps_start:
             self._start_model = (copy.deepcopy(model).eval().requires_grad_(False),)
         self._randomness = ResumedRandomness()
-        self._random_state: dict[str, Any] | None = None
+        self._random_state: dict[str, Any] | list[dict[str, Any]] | None = None
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -88,7 +88,7 @@ class ResumableLanguageModule(pl.LightningModule):
         """Take up the random numbers of a resumed fit, which dropout draws from."""
         if self._keeps_start and self._base_sample is not None:
             check_off_is_start(self.model, begun=True)
-        resumes = self.trainer.ckpt_path is not None and self.trainer.world_size == 1
+        resumes = self.trainer.ckpt_path is not None
         self._randomness.at_fit_start(self._random_state if resumes else None)
 
     def on_train_start(self) -> None:
@@ -99,7 +99,7 @@ class ResumableLanguageModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `export_checkpoint` and a resumed fit need; of a model with adapters, take out the base."""
         checkpoint[FILES_KEY] = pack_files(self.model, self.tokenizer)
-        checkpoint[RANDOM_KEY] = capture_random_state()
+        checkpoint[RANDOM_KEY] = of_all_processes(capture_random_state(), self.trainer)
         if self._base_sample is not None:
             left_out, weights = base_names(self), checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: weights[name] for name in weights if name not in left_out}

@@ -31,31 +31,41 @@ class Sharded(OwnModule):
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
-def fit_alone(module: OwnModule, callbacks: Sequence[pl.Callback], *, steps: int, **options: Any) -> dict[str, Tensor]:
+def fit_alone(
+    module: OwnModule,
+    callbacks: Sequence[pl.Callback],
+    *,
+    steps: int,
+    ckpt_path: Path | None = None,
+    rows_a_step: int = PROCESSES,
+    **options: Any,
+) -> dict[str, Tensor]:
     """Fit in this process, on the batches of all processes at a step as one."""
-    rows = make_batches(steps * PROCESSES)
-    batches = [torch.cat(rows[start : start + PROCESSES]) for start in range(0, len(rows), PROCESSES)]
-    pl.Trainer(**quiet(callbacks, **options)).fit(module, make_loader(batches))
+    rows = make_batches(steps * rows_a_step)
+    batches = [torch.cat(rows[start : start + rows_a_step]) for start in range(0, len(rows), rows_a_step)]
+    pl.Trainer(**quiet(callbacks, **options)).fit(module, make_loader(batches), ckpt_path=ckpt_path)
     return {name: weight.detach() for name, weight in module.model.named_parameters()}
 
 
 def fit_together(
     folder: Path, strategy: str, make_module: Callable[[], OwnModule], make_callbacks: MakeCallbacks, **options: Any
 ) -> dict[str, Tensor]:
-    """Fit in two processes, make sure that both end with the same weights, and return them."""
+    """Fit in two processes, or as many as options say, make sure that all end with the same weights, return them."""
+    processes = options.pop("processes", PROCESSES)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (port, folder, strategy, make_module, make_callbacks, options)
-    multiprocessing.spawn(_fit_process, args=arguments, nprocs=PROCESSES)
-    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES))
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]), name
-    return first
+    arguments = (processes, port, folder, strategy, make_module, make_callbacks, options)
+    multiprocessing.spawn(_fit_process, args=arguments, nprocs=processes)
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+    for name, weight in found[0].items():
+        assert all(torch.equal(weight, other[name]) for other in found), name
+    return found[0]
 
 
 def _fit_process(
     rank: int,
+    processes: int,
     port: int,
     folder: Path,
     strategy: str,
@@ -68,21 +78,24 @@ def _fit_process(
         "TORCHELASTIC_RUN_ID": "test",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(PROCESSES),
-        "LOCAL_WORLD_SIZE": str(PROCESSES),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         "GROUP_RANK": "0",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }
     torch.set_num_threads(1)
-    steps = options.pop("steps")
+    steps, resumed = options.pop("steps"), options.pop("ckpt_path", None)
     chosen: Any = strategy
     if strategy == "fsdp2":
-        chosen = ModelParallelStrategy(data_parallel_size=PROCESSES, tensor_parallel_size=1)
+        chosen = ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
     module = make_module()
-    settings = quiet(make_callbacks(), **options) | {"devices": PROCESSES, "strategy": chosen}
-    rows = make_batches(steps * PROCESSES)[rank::PROCESSES]
-    pl.Trainer(**settings, use_distributed_sampler=False).fit(module, make_loader(rows))
+    settings = quiet(make_callbacks(), **options) | {"devices": processes, "strategy": chosen}
+    rows = make_batches(steps * processes)[rank::processes]
+    # With a sanity check, FSDP2 holds some weights whole when training starts.
+    validation = make_loader(rows[:1]) if settings["num_sanity_val_steps"] else None
+    trainer = pl.Trainer(**settings, use_distributed_sampler=False)
+    trainer.fit(module, make_loader(rows), validation, ckpt_path=resumed)
     weights = {
         name: weight.detach().full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
         for name, weight in module.model.named_parameters()

@@ -275,9 +275,3 @@ def test_what_is_missing_stops_the_fit_before_it_trains(tiny_tokenizer: Any, tmp
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, [make_monitor(at_start=False, **options)], max_steps=1).fit(module, make_loader())
     assert torch.equal(module.network.lm_head.weight, start)
-
-
-def test_strategies_over_several_devices_are_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [make_monitor()], strategy="ddp", devices=1, max_steps=1)
-    with pytest.raises(ValueError, match="`strategy` expected to run on a single device but got DDPStrategy"):
-        trainer.fit(UserModule(tiny_tokenizer), make_loader())

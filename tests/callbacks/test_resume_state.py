@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation, choice
+from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.scoring import RefusalMargin, SafetyMask
 from tests.callbacks.toys import (
@@ -189,7 +189,7 @@ def test_state_key_reads_a_given_mask_once(monkeypatch: pytest.MonkeyPatch) -> N
     """Lightning asks for the key at every hook of every batch."""
     callback = SafetyPreservingAdaptation(mask=mask_of_everything(make_smallest_model()))
     key = callback.state_key
-    monkeypatch.setattr(choice.hashlib, "sha256", None)
+    monkeypatch.setattr("hashlib.sha256", None)
     assert callback.state_key == key
 
 

@@ -84,6 +84,9 @@ class OwnModule(pl.LightningModule):
                 optimizer.zero_grad()
         return loss
 
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.model(input_ids=batch, labels=batch, use_cache=False)
+
     def configure_optimizers(self) -> Any:
         optimizers = self.make_optimizers([weight for weight in self.parameters() if weight.requires_grad])
         self.steps = [0] * len(optimizers)

@@ -106,3 +106,22 @@ def test_one_token_of_the_shortest_row_remains():
     same = torch.tensor([[5, 6, 7, 0], [5, 6, 7, 8]])
     assert common_prefix_length(same, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])) == 2
     assert common_prefix_length(same[:1], torch.ones(1, 4)) == 0
+
+
+def test_linear_attention_is_not_shared():
+    """Its state is no cache of keys and values; this model refuses one."""
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = MiniMaxConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_local_experts=2,
+        **heads,
+    )
+    batch = make_batch()
+    shared = compute_shared_prefix(MiniMaxForCausalLM(config).eval(), batch["input_ids"], batch["attention_mask"])
+    assert shared == NOTHING

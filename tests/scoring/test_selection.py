@@ -54,7 +54,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Take each way to the boundary on small inputs, in several blocks."""
     monkeypatch.setattr(boundary_module, "_BLOCK_ENTRIES", 97)
     if request.param != "direct":
-        monkeypatch.setattr(boundary_module, "_SAMPLE_ENTRIES", 16)
+        monkeypatch.setattr(boundary_module, "SAMPLE_ENTRIES", 16)
     if request.param == "misled":
         monkeypatch.setattr(boundary_module, "_likely_lower_bound", lambda candidates, count: math.inf)
     if request.param == "histogram":
@@ -118,7 +118,7 @@ def test_equals_a_stable_sort_on_anything(scores: dict[str, Tensor], fraction: f
     exclude = SafetyMask(excluded, {name: tuple(score.shape) for name, score in scores.items()})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(boundary_module, "_BLOCK_ENTRIES", data.draw(st.sampled_from([8, 2**20])))
-        patch.setattr(boundary_module, "_SAMPLE_ENTRIES", data.draw(st.sampled_from([8, 2**20])))
+        patch.setattr(boundary_module, "SAMPLE_ENTRIES", data.draw(st.sampled_from([8, 2**20])))
         assert as_lists(select_top(scores, fraction)) == stable_sort(scores, fraction, largest=True)
         assert as_lists(select_bottom(scores, fraction)) == stable_sort(scores, fraction, largest=False)
         available = sum(int((~score.isnan()).sum()) - int((~score[excluded[name]].isnan()).sum())
@@ -136,7 +136,7 @@ def test_millions_of_scores_take_the_sampled_path(unscored: int, monkeypatch: py
     generator = torch.Generator().manual_seed(0)
     scores = {"a": torch.rand(1500, 1000, generator=generator), "b": torch.rand(700_001, generator=generator)}
     scores["c"] = torch.full((unscored,), math.nan)
-    monkeypatch.setattr(boundary_module, "_histogram_boundary", lambda *_: pytest.fail("the sample was not enough"))
+    monkeypatch.setattr(boundary_module, "histogram_boundary", lambda *_: pytest.fail("the sample was not enough"))
     mask = select_top(scores, 0.01)
     together = torch.cat([scores["a"].flatten(), scores["b"]])
     expected = together.sort(descending=True, stable=True).indices[: mask.count].sort().values

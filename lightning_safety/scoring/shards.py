@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that are spread over processes by their first dimension, as FSDP2 does it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from lightning_safety.processes import rank, world_size
+
+
+class ShardedScores(Mapping[str, Tensor]):
+    """Scores of which each process holds a part: a run of consecutive entries of every tensor.
+
+    Args:
+        parts: By name, this process's entries of each tensor, of the shape it holds; any device.
+        shapes: By the same names in the same order, the shapes of the whole tensors.
+        starts: By name, the flat index of the first entry that this process holds. Process after process, the parts
+            follow each other.
+        device: Where processes exchange tensors.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        starts: Mapping[str, int],
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self._parts = dict(parts)
+        self.shapes = dict(shapes)
+        self.starts = dict(starts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @property
+    def count(self) -> int:
+        """Number of scores in all processes."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def sharded_scores(parts: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> ShardedScores:
+    """Return scores of this process's parts of sharded weights, in the order of the weights."""
+    return ShardedScores(
+        {name: parts[name] for name in weights},
+        {name: tuple(weight.shape) for name, weight in weights.items()},
+        {name: local_start(weight) for name, weight in weights.items()},
+        exchange_device(next(iter(weights.values()))),
+    )
+
+
+def exchange_device(weight: Tensor) -> torch.device:
+    """Return where the processes that a weight is spread over exchange tensors, wherever FSDP2 keeps its parts."""
+    kind = weight.device_mesh.device_type if isinstance(weight, DTensor) else weight.device.type
+    if kind in ("cpu", "mps"):
+        return torch.device(kind)
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that may be spread over several (a DTensor); shares its memory."""
+    # The method is differentiable, and its result a view that must not be changed in place.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def local_start(tensor: Tensor) -> int:
+    """Return the flat index, in the whole tensor, of the first entry that this process holds."""
+    if not isinstance(tensor, DTensor) or not tensor.shape:
+        return 0
+    # Equal runs of rows, as `torch.chunk` makes them; the last processes may have fewer, or none.
+    rows = math.ceil(tensor.shape[0] / world_size())
+    return min(rank() * rows, tensor.shape[0]) * math.prod(tensor.shape[1:])
+
+
+def local_indices(indices: Tensor, tensor: Tensor) -> Tensor:
+    """Return those of some sorted flat indices that this process holds, counted from its first entry."""
+    if not isinstance(tensor, DTensor):
+        return indices
+    start = local_start(tensor)
+    ends = torch.tensor([start, start + local_part(tensor).numel()], dtype=indices.dtype, device=indices.device)
+    first, last = torch.searchsorted(indices, ends).tolist()
+    return indices[first:last] - start
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 still holds whole, as after a forward pass without a backward one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(weights: Iterable[Tensor]) -> bool:
+    """Whether any of the weights is spread over processes."""
+    return any(isinstance(weight, DTensor) for weight in weights)
+
+
+def check_shards(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are spread over processes in another way than by the first dimension, one after another.
+
+    Raises:
+        ValueError: Some are whole and others not, or one is spread otherwise: by tensor parallelism, for instance.
+    """
+    for name, weight in weights.items():
+        if not isinstance(weight, DTensor):
+            if is_sharded(weights.values()):
+                raise ValueError(
+                    f"`model` expected to have all its weights sharded or none but `{name}` is whole. Apply"
+                    " `fully_shard` to the model too, not only to its layers."
+                )
+            continue
+        over_all = weight.device_mesh.mesh.flatten().tolist() == list(range(world_size()))
+        if weight.placements != (Shard(0),) or not over_all:
+            raise ValueError(
+                "`model` expected to be sharded by the first dimension of its weights over all"
+                f" {world_size()} processes but `{name}` is {weight.placements} over {weight.device_mesh}. Use"
+                " `fully_shard` with data parallelism alone"
+                " (`ModelParallelStrategy(data_parallel_size=…, tensor_parallel_size=1)`)."
+            )

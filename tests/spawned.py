@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions that run in several processes on the CPU, as one process group, and what each returned or raised there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing
+
+
+def run_in_processes(folder: Path, work: Callable[[], Any], *, processes: int = 2) -> list[Any]:
+    """Return what `work`, which must be picklable, returned in each process, or the text of the error it raised.
+
+    Args:
+        folder: An empty one, for this call alone.
+        work: What to run.
+        processes: How many.
+    """
+    multiprocessing.spawn(_run, args=(folder, work, processes), nprocs=processes)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def run_although_one_dies(folder: Path, work: Callable[[], Any], *, survivor: int = 0) -> Any:
+    """Return what `work` returned or raised in one of two processes, of which the other may end before.
+
+    Args:
+        folder: An empty one, for this call alone.
+        work: What to run.
+        survivor: The number of the process to wait for, a minute at most.
+    """
+    started: Any = multiprocessing.spawn(_run, args=(folder, work, 2), nprocs=2, join=False)
+    started.processes[survivor].join(60)
+    for process in started.processes:
+        process.kill()
+    return torch.load(folder / f"{survivor}.pt", weights_only=False)
+
+
+def _run(rank: int, folder: Path, work: Callable[[], Any], processes: int) -> None:
+    torch.set_num_threads(1)
+    # What torchrun sets, so that a Trainer in `work` takes itself for one of its processes.
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+    # One that waits for another that has gone must end, with an error.
+    distributed.init_process_group(
+        "gloo",
+        init_method=(folder / "meeting").as_uri(),
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        found = work()
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    torch.save(found, folder / f"{rank}.pt")
+    with contextlib.suppress(Exception):
+        distributed.barrier()
+    distributed.destroy_process_group()
