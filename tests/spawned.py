@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-
 # Importing takes longer than what is tested: it is done once, in a process that the others are copies of. Nothing has
 # been computed in it, so that no thread is lost in a copy.
 _IMPORTED_ONCE = ["pytorch_lightning", "transformers", "lightning_safety.callbacks", "torch.distributed.fsdp"]

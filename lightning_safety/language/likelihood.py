@@ -68,15 +68,33 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, posi
     if prefix.cache is not None:
         arguments |= {"past_key_values": prefix.cache, "use_cache": True}
         positions = positions[:, prefix.length :]
+    return logits_at(model, arguments, positions.nonzero(as_tuple=True))
+
+
+def logits_at(model: nn.Module, arguments: Mapping[str, Any], places: tuple[Tensor, ...]) -> Tensor:
+    """Return the logits at some places of a forward pass; the vocabulary projection runs on these only.
+
+    Args:
+        model: A causal language model.
+        arguments: Of its forward pass; ``input_ids`` [batch, length] among them.
+        places: Row and position of each place, int64 [N] both. A place may occur several times.
+
+    Returns:
+        [N, vocabulary], in the model's dtype.
+    """
+    shape = arguments["input_ids"].shape
     head = output_head(model)
     handle = None
+    selected = False
     if head is not None:
         # Inside of the model's own forward, so that what it does after the head (soft caps, scaling) is kept.
         def select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal selected
             hidden = inputs[0] if inputs else None
-            if not isinstance(hidden, Tensor) or hidden.shape[:2] != positions.shape:
+            if not isinstance(hidden, Tensor) or hidden.shape[:2] != shape:
                 return None
-            return (hidden[positions].unsqueeze(0), *inputs[1:])
+            selected = True
+            return (hidden[places].unsqueeze(0), *inputs[1:])
 
         handle = head.register_forward_pre_hook(select)
     try:
@@ -85,8 +103,7 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, posi
         if handle is not None:
             handle.remove()
     logits: Tensor = output.logits
-    selected = logits.shape[0] == 1 and logits.shape[:2] != positions.shape
-    return logits.squeeze(0) if selected else logits[positions]
+    return logits.squeeze(0) if selected else logits[places]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

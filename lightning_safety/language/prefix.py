@@ -69,6 +69,26 @@ def compute_shared_prefix(
     return SharedPrefix(length, cache)
 
 
+class TokensRun(NamedTuple):
+    """What a forward pass of a batch runs.
+
+    Attributes:
+        tokens: How many tokens, padding included.
+        shared: Whether some are run by themselves before, so that every weight is used twice.
+    """
+
+    tokens: int
+    shared: bool
+
+
+def tokens_run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> TokensRun:
+    """Return what is run of a batch with what `compute_shared_prefix` would share; arguments as there."""
+    length = common_prefix_length(input_ids, attention_mask)
+    if length < _SHORTEST or not can_share_prefix(model):
+        length = 0
+    return TokensRun(input_ids.numel() - length * (len(input_ids) - 1), length > 0)
+
+
 def common_prefix_length(input_ids: Tensor, attention_mask: Tensor) -> int:
     """Return how many leading tokens are attended to and the same in all rows, at least one less than any row has.
 

@@ -40,9 +40,11 @@ class LeanScoring:
         accumulate_on: Where sums and scores are. ``"device"``: with the weight. ``"cpu"``: in main memory; every
             gradient is copied there, so that one pass is enough but every batch copies as many numbers as are scored.
         accumulate_dtype: Of sums and scores, ``"float32"`` or ``"bfloat16"``. Bfloat16 takes half the memory and keeps
-            8 bits of every sum: what lies near the boundary of a selection changes sides.
+            8 bits of every sum, so that what lies near the boundary of a selection changes sides: on
+            SmolLM2-135M-Instruct the top 1 % agrees with that of float32 by a Jaccard index of 0.99.
         autocast: ``"bfloat16"``: compute the loss and its gradients under bfloat16 autocast, beside weights in float32
-            for instance. None: in the dtype of the weights. Float16 is no choice: its gradients vanish.
+            for instance; the top 1 % there agrees by 0.97. None: in the dtype of the weights. Float16 is no choice: its
+            gradients vanish.
 
     Raises:
         TypeError: `passes` is not an integer.

@@ -16,7 +16,6 @@ from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.data.collator import IGNORED_LABEL
 from lightning_safety.devices import free_memory, in_gigabytes
 from lightning_safety.language.modes import evaluation_mode
-from lightning_safety.language.prefix import can_share_prefix, common_prefix_length
 from lightning_safety.language.quantized import is_quantized_weight, weight_shape
 from lightning_safety.scoring.lean import AccumulateDtype, AccumulateOn, Autocast, LeanScoring, weight_blocks
 from lightning_safety.scoring.mixture import MixtureLayout
@@ -224,22 +223,14 @@ def _largest_batch(
     model: nn.Module, objective: SafetyObjective, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> _Largest:
     largest = _Largest(1, 1, False)
-    with evaluation_mode(model):
-        shares = can_share_prefix(model)
     for batch in objective.batches(tokenizer, batch_size=batch_size):
-        missing = {"input_ids", "attention_mask", "labels"} - batch.tensors.keys()
-        if missing:
-            raise ValueError(
-                f"`objective` expected to have {', '.join(sorted(missing))} in its batches but"
-                f" {type(objective).__name__} has {', '.join(batch.tensors)}. Pass `tokens`, the most that one batch"
-                " holds."
-            )
-        ids, mask, labels = (batch.tensors[name] for name in ("input_ids", "attention_mask", "labels"))
-        common = common_prefix_length(ids, mask) if shares else 0
+        # What can be shared depends on the mode, and scoring evaluates.
+        with evaluation_mode(model):
+            run = objective.tokens_run(model, batch)
+        labels = batch.tensors.get("labels")
+        predicted = run.tokens if labels is None else int((labels != IGNORED_LABEL).sum())
         largest = _Largest(
-            max(largest.tokens, ids.numel() - common * (len(ids) - 1)),
-            max(largest.predicted, int((labels != IGNORED_LABEL).sum())),
-            largest.shared or common > 0,
+            max(largest.tokens, run.tokens), max(largest.predicted, predicted), largest.shared or run.shared
         )
     return largest
 

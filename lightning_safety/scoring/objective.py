@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example, TokenizedExample, length_buckets, load_prompts, pad_batch
 from lightning_safety.data.collator import IGNORED_LABEL
+from lightning_safety.language.branches import paired_log_probabilities, paired_tokens_run
 from lightning_safety.language.chat import encode_example
 from lightning_safety.language.likelihood import response_log_probabilities
+from lightning_safety.language.prefix import TokensRun, tokens_run
 from lightning_safety.language.tokenizer import pad_token_id
 
 if TYPE_CHECKING:
@@ -85,6 +87,19 @@ class SafetyObjective(ABC):
             model: A causal language model, in the mode the caller wants.
             batch: On the model's device.
         """
+
+    def tokens_run(self, model: nn.Module, batch: ObjectiveBatch) -> TokensRun:
+        """Return how many tokens `loss` runs, for an estimate of its memory.
+
+        Raises:
+            ValueError: The batch has no ``input_ids`` and ``attention_mask``.
+        """
+        if not {"input_ids", "attention_mask"} <= batch.tensors.keys():
+            raise ValueError(
+                f"`objective` expected to have `input_ids` and `attention_mask` in its batches but"
+                f" {type(self).__name__} has {', '.join(batch.tensors)}. Override its `tokens_run`, or pass `tokens`."
+            )
+        return tokens_run(model, batch.tensors["input_ids"], batch.tensors["attention_mask"])
 
     def describe(self) -> dict[str, str]:
         """Return what the objective is, for the metadata of a mask."""
@@ -238,9 +253,14 @@ class RefusalMargin(ExampleObjective):
             batches.append(ObjectiveBatch(pad_batch(rows, pad_token_id=padding), len(bucket)))
         return batches
 
+    def tokens_run(self, model: nn.Module, batch: ObjectiveBatch) -> TokensRun:
+        """Return how many tokens `loss` runs: prompts once for both answers where the model can."""
+        return paired_tokens_run(model, batch.tensors)
+
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
         """Return the mean over examples of log-probability of the opening − that of the refusal, each per token."""
-        scores = mean_log_probability(model, batch.tensors)
+        sums, counts = paired_log_probabilities(model, batch.tensors)
+        scores = sums / counts
         return (scores[batch.examples :] - scores[: batch.examples]).mean()
 
 

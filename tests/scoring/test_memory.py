@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from lightning_safety.data import Example
 from lightning_safety.scoring import (
     LeanScoring,
     ObjectiveBatch,
@@ -28,6 +29,7 @@ from tests.scoring.mixtures import make_mixture
 from tests.tiny import make_tiny_model
 
 GPU = torch.device("cuda:0")
+SIMILAR = [Example(f"Tell me how to do this very bad thing to person {number}.", "I can't.") for number in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", "mixture"])
@@ -42,7 +44,6 @@ def test_sums_and_scores_are_exact(kind: str, dtype: Any, tiny_tokenizer: PreTra
     parts = estimate_scoring_memory(model, RefusalMargin(limit=2), tiny_tokenizer, passes=3, **options)
     assert parts.scores == found.scores
     assert found.scores / 3 <= parts.sums < found.scores
-    assert parts.gradients < found.gradients
 
 
 def saved_bytes(model: nn.Module, objective: SafetyObjective, batch: ObjectiveBatch) -> int:
@@ -83,8 +84,12 @@ def test_gradients_wait_where_rows_share_a_prefix(tiny_tokenizer: PreTrainedToke
     model = make_tiny_model()
     alone = estimate_scoring_memory(model, RefusalLikelihood(limit=2), tiny_tokenizer, batch_size=1)
     assert alone.gradients == 32 * 64 * 4
-    shared = estimate_scoring_memory(model, RefusalMargin(limit=2), tiny_tokenizer, batch_size=1)
+    shared = estimate_scoring_memory(model, RefusalLikelihood(SIMILAR), tiny_tokenizer, batch_size=2)
     assert shared.gradients == shared.sums
+    parts = estimate_scoring_memory(model, RefusalLikelihood(SIMILAR), tiny_tokenizer, batch_size=2, passes=3)
+    assert parts.gradients == parts.sums < shared.gradients
+    merged = estimate_scoring_memory(model, RefusalMargin(SIMILAR), tiny_tokenizer, batch_size=1)
+    assert merged.gradients == alone.gradients
     absolute = estimate_scoring_memory(model, RefusalLikelihood(limit=2), tiny_tokenizer, reduction="absolute")
     assert absolute.gradients == 2 * alone.gradients
 
@@ -143,7 +148,7 @@ def test_an_estimate_needs_to_know_of_tokens(tiny_model: LlamaForCausalLM) -> No
     with pytest.raises(ValueError, match="`tokens` expected to be at least 1"):
         estimate_scoring_memory(tiny_model, tokens=0)
     objective = MeanOutput(torch.ones(2, 3), torch.ones(2))
-    with pytest.raises(ValueError, match=r"MeanOutput has inputs\. Pass `tokens`"):
+    with pytest.raises(ValueError, match=r"MeanOutput has inputs\. .* pass `tokens`"):
         estimate_scoring_memory(tiny_model, objective, object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Linear lacks them"):
         estimate_scoring_memory(Linear(), NO_TOKENIZER, tokens=3)
