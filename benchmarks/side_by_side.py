@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lightning_safety.devices import processor_name
 from lightning_safety.progress import track
 
 PACKAGES = ("lightning-safety", "torch", "transformers", "tokenizers", "numpy", "pytorch-lightning")
@@ -162,10 +163,8 @@ def summary(times: Mapping[str, Sequence[float]], *, against: str | None = None)
 
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.machine(),
+        "processor": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

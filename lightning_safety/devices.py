@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices: whether they are there, how much memory is free on them, and sizes in words."""
+"""Devices: whether they are there, how much memory is free on them, what they are called, and sizes in words."""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import torch
 
 _MEMORY_FILE = Path("/proc/meminfo")
+_PROCESSOR_FILE = Path("/proc/cpuinfo")
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -66,3 +68,10 @@ def in_gigabytes(size: int) -> str:
         '1.23 GB'
     """
     return f"{size / 1e9:.2f} GB"
+
+
+def processor_name() -> str:
+    """Return what the processor calls itself, under Linux; else its architecture."""
+    lines = _PROCESSOR_FILE.read_text(encoding="utf-8").splitlines() if _PROCESSOR_FILE.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_safety.arguments import check_positive
-from lightning_safety.callbacks.choice import Method, WeightChoice
+from lightning_safety.callbacks.choice import Method, Minus, WeightChoice
 from lightning_safety.callbacks.log import leaves_files
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.enforcement import AveragedWeights, CompactTraining, SafetyPatch, SparseDelta, snapshot_entries
@@ -70,6 +70,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         include: Score only weights whose names match one of these shell-style patterns.
         exclude: Leave out those whose names match one of these.
         mixture: Where the experts and routers of a mixture of experts are, if its family is not known.
+        minus: Train no weight that another score ranks as high: as for `SafetyPreservingAdaptation`.
         save_mask: File to write the mask to at the start of the fit.
         show_progress: Whether a bar shows the scoring where it takes over two seconds.
         average_last: The fit ends with the mean of the weights after each of its last so many optimizer steps. Give the
@@ -103,14 +104,14 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         mixture: MixtureLayout | None = None,
+        minus: Minus | SafetyObjective | None = None,
         save_mask: os.PathLike[str] | str | None = None,
         show_progress: bool = True,
         average_last: int | None = None,
         patch: os.PathLike[str] | str | None = None,
     ) -> None:
-        choice = WeightChoice(
-            fraction, objective, method, batch_size, seed, include, exclude, show_progress, mixture=mixture, lean=lean
-        )
+        options: Any = {"mixture": mixture, "minus": minus, "lean": lean}
+        choice = WeightChoice(fraction, objective, method, batch_size, seed, include, exclude, show_progress, **options)
         super().__init__(choice, mask, tokenizer, language_model, save_mask)
         self.average_last = None if average_last is None else check_positive(average_last, "average_last")
         self.patch_file = patch
@@ -199,7 +200,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             handle.remove()
         self._handles = []
         if isinstance(self._training, SparseDelta):
-            self._trained = _on_cpu(self._training.entries())
+            self._trained = {name: values.cpu() for name, values in self._training.entries().items()}
             self._training.settle()
         elif self._training is not None:
             self._training.release()
@@ -212,7 +213,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             return state
         average = {} if self._average is None else {"average": self._average.state_dict()}
         trained = self._training.entries() if isinstance(self._training, SparseDelta) else self._trained
-        beside = {} if trained is None else {"trained": _on_cpu(trained)}
+        beside = {} if trained is None else {"trained": {name: values.cpu() for name, values in trained.items()}}
         return {**state, "before": dict(self._before), **beside, **average}
 
     def on_load_checkpoint(
@@ -294,7 +295,3 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
                 f" weights stand still: {', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''}."
                 " They are experts that no token reached, or the model uses their weights without calling the layer."
             )
-
-
-def _on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in values.items()}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from lightning_safety.data.collator import IGNORED_LABEL, TokenizedExample, length_buckets, pad_batch
+from lightning_safety.data.known_answers import known_answer_tasks
 from lightning_safety.data.overlap import drop_overlapping, near_duplicates, word_jaccard
 from lightning_safety.data.prompts import BUILT_IN_SETS, SPLITS, Example, load_prompts
 
@@ -14,6 +15,7 @@ __all__ = [
     "Example",
     "TokenizedExample",
     "drop_overlapping",
+    "known_answer_tasks",
     "length_buckets",
     "load_prompts",
     "near_duplicates",

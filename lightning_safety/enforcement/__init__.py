@@ -9,6 +9,7 @@ from lightning_safety.enforcement.held_lora import HeldLora
 from lightning_safety.enforcement.hold import WeightHolder
 from lightning_safety.enforcement.merge import merge_held_adapter
 from lightning_safety.enforcement.patch import SafetyPatch
+from lightning_safety.enforcement.perturbation import perturbed_weights
 from lightning_safety.enforcement.sparse_delta import SparseDelta
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "WeightHolder",
     "load_held_adapter",
     "merge_held_adapter",
+    "perturbed_weights",
     "save_held_adapter",
     "snapshot_entries",
 ]

@@ -20,6 +20,7 @@ from lightning_safety.monitoring.agreement import (
 )
 from lightning_safety.monitoring.drift import DriftRow, DriftSummary, compare_checkpoints, summarise_drift
 from lightning_safety.monitoring.evaluation import CONTENT_WARNING, SafetyEvaluation, evaluate_safety
+from lightning_safety.monitoring.exact_match import exact_match
 from lightning_safety.monitoring.harmfulness import Harmfulness, JudgedReply, measure_harmfulness
 from lightning_safety.monitoring.judges import (
     ClassifierJudge,
@@ -121,6 +122,7 @@ __all__ = [
     "draw_activation_overlap",
     "energy_kept_ratio",
     "evaluate_safety",
+    "exact_match",
     "judge_replies",
     "last_token_activations",
     "left_basis",

@@ -17,11 +17,8 @@ from lightning_safety.arguments import check_choice
 from lightning_safety.options import parser_of, read_options
 from lightning_safety.recipes import recipe_path
 from lightning_safety.training.precision import fast_precision
-from lightning_safety.training.studies import preserve
+from lightning_safety.training.studies import STUDIES
 from lightning_safety.training.study import run_study
-
-STUDIES: dict[str, Callable[..., None]] = {"preserve": preserve}
-"""The studies that have a name; each has a recipe with its defaults."""
 
 # Any module and data module can be named in a configuration, the user's own too.
 CLASSES: dict[str, Any] = {
@@ -121,7 +118,7 @@ def parse_study(name: str, words: Sequence[str]) -> dict[str, Any]:
         ValueError: There is no such study.
     """
     check_choice(name, "study", list(STUDIES))
-    function = STUDIES[name]
+    function: Callable[..., None] = STUDIES[name]
     defaults = ["--config", str(recipe_path(f"studies/{name}"))]
     return read_options(parser_of(function, f"study {name}"), function, [*defaults, *words])
 

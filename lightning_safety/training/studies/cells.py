@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lightning_safety.data import Example
+from lightning_safety.devices import processor_name
 from lightning_safety.files import replace_atomically
+from lightning_safety.report.studies.reading import CELLS, PLAN, StudyResults, read_study, time_scale
 
 _SECONDS_PER_HOUR = 3600
 
@@ -25,12 +31,58 @@ class Cell:
         estimate: How long it is expected to take, in seconds.
         run: Measures it, and returns what a JSON file can hold.
         settings: What it is measured with, as a JSON file holds it. A file of other settings is refused.
+        always: Whether it is run whichever cells are asked for: what the others are compared with.
     """
 
     name: str
     estimate: float
     run: Callable[[], dict[str, Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    always: bool = False
+
+
+def run_study_cells(
+    cells: Sequence[Cell],
+    write: Callable[[StudyResults, Path], str],
+    *,
+    output: Path,
+    hours: float | None = None,
+    only: Collection[str] | None = None,
+) -> None:
+    """Run the cells of a study that are asked for and have no file yet, and write what all of them found.
+
+    Args:
+        cells: All of the study, in order; their names differ.
+        write: Writes tables and figures of the results into a folder, and returns the text.
+        output: The folder; the cells' files are in a folder of their own in it, and so is the plan.
+        hours: Start no cell that is expected to end later than so many hours from now. None: run all.
+        only: Run these cells only: a cell's name, or a part of it between slashes. None: run all.
+
+    Raises:
+        ValueError: A file is damaged, or of a cell with other settings; or `only` names no cell.
+        RuntimeError: Some cells failed; the others were run, and are in the results.
+    """
+    for name in only or ():
+        if not any(name in (cell.name, *cell.name.split("/")) for cell in cells):
+            listed = ", ".join(dict.fromkeys(part for cell in cells for part in cell.name.split("/")))
+            raise ValueError(
+                f"`only` expected cells of this study, by name or a part of it ({listed}), but got {name!r}."
+            )
+    chosen = [
+        cell
+        for cell in cells
+        if only is None or cell.always or any(part in only for part in (cell.name, *cell.name.split("/")))
+    ]
+    with replace_atomically(output / PLAN) as temporary:
+        temporary.write_text(json.dumps({cell.name: cell.estimate for cell in cells}, indent=1), encoding="utf-8")
+    runner = Cells(output / CELLS, hours)
+    try:
+        runner.run(chosen)
+    finally:
+        print(write(read_study(output), output))
+    if runner.failed:
+        listed = "; ".join(f"{name}: {error}" for name, error in runner.failed.items())
+        raise RuntimeError(f"{len(runner.failed)} cells failed, the others are complete. {listed}")
 
 
 class Cells:
@@ -118,14 +170,36 @@ class Cells:
 
     def _scale(self, cells: Sequence[Cell]) -> float:
         """Return how many times as long as expected the complete cells took; 1 where there is none."""
-        complete = [(found["seconds"], cell.estimate) for cell in cells if (found := self.read(cell)) is not None]
-        expected = sum(estimate for _, estimate in complete)
-        return sum(seconds for seconds, _ in complete) / expected if expected else 1.0
+        return time_scale((found["seconds"], cell.estimate) for cell in cells if (found := self.read(cell)) is not None)
 
     def _write(self, cell: Cell, found: dict[str, Any], begun: float) -> None:
-        content = {"settings": dict(cell.settings), "seconds": time.monotonic() - begun, **found}
+        machine = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        seconds = time.monotonic() - begun
+        content = {"settings": dict(cell.settings), "seconds": seconds, "machine": machine, **found}
         with replace_atomically(self._path(cell)) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.name}.json"
+
+
+def describe_settings(value: Any) -> Any:
+    """Return what an object was made with, as JSON holds it, to tell whether a study was changed since.
+
+    Args:
+        value: A fresh callback, say: its attributes, and theirs. What JSON does not have is described by its class.
+    """
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): describe_settings(one) for key, one in value.items() if one is not None}
+    if isinstance(value, Sequence):
+        return [describe_settings(one) for one in value]
+    described = describe_settings(vars(value)) if hasattr(value, "__dict__") else {}
+    return {"class": type(value).__name__, **described}
+
+
+def describe_rows(rows: Sequence[Example]) -> str:
+    """Return how many rows there are, and a digest of what they say."""
+    written = json.dumps([(row.prompt, row.response) for row in rows])
+    return f"{len(rows)} rows, {hashlib.sha256(written.encode()).hexdigest()[:16]}"

@@ -3,36 +3,34 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
-from torch import nn
 
 from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.data import Example, load_prompts
-from lightning_safety.language import load_causal_lm, load_tokenizer
-from lightning_safety.monitoring import PromptSource, read_prompts
+from lightning_safety.language import load_causal_lm
+from lightning_safety.monitoring import PromptSource
 from lightning_safety.monitoring.sets import spread
-from lightning_safety.report.front import write_front
+from lightning_safety.report.studies.preservation import write_preservation
 from lightning_safety.training.data_module import InstructionDataModule
 from lightning_safety.training.module import CausalLanguageModule
 from lightning_safety.training.precision import Precision
-from lightning_safety.training.studies.cells import Cell, Cells
-from lightning_safety.training.studies.watching import LookingOn, look_at
+from lightning_safety.training.studies.cells import Cell, describe_rows, describe_settings, run_study_cells
+from lightning_safety.training.studies.watching import SECONDS_A_LOOK, Look, fit_and_look, make_look
 
 Training = Literal["full", "lora"]
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 # The opening of an answer that stops before any content: all that a contaminated row teaches.
 _COMPLIANCE = "Sure, here is an overview:"
-# What a cell takes beside its steps, on two cores: loading the model, and one look at it.
-_SECONDS_BESIDE, _SECONDS_A_LOOK, _SECONDS_A_STEP = 15.0, 75.0, 2.2
+# What a cell takes beside its looks, on two cores: loading the model, and a step.
+_SECONDS_BESIDE, _SECONDS_A_STEP = 15.0, 2.2
 
 
 @dataclass
@@ -125,16 +123,10 @@ def preserve(
     check_positive(batch_size, "batch_size")
     check_positive(prompts, "prompts")
     rows = {share: _rows(share) for share in contaminated}
-    look = partial(
-        look_at,
-        tokenizer=load_tokenizer(source),
-        harmful=read_prompts(harmful, "harmful", split="test", limit=prompts)[1],
-        borderline=load_prompts("borderline", split="test"),
-        task=load_prompts("harmless", split="test"),
-    )
+    look = make_look(source, harmful, prompts)
     seen = {"source": str(source), "harmful": str(harmful), "prompts": prompts}
-    estimate = _SECONDS_BESIDE + _SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
-    cells = [Cell("before", _SECONDS_BESIDE + _SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]}, seen)]
+    estimate = _SECONDS_BESIDE + SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
+    cells = [Cell("before", _SECONDS_BESIDE + SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]}, seen, True)]
     for kind, share, (name, arm) in itertools.product(training, contaminated, arms.items()):
         if kind not in arm.training:
             continue
@@ -148,22 +140,15 @@ def preserve(
         }
         run = partial(_fit, source, arm, look=look, rows=rows[share], lora=lora, **options)
         described = {
-            "callbacks": [type(callback).__name__ for callback in arm.callbacks],
+            "callbacks": describe_settings(arm.callbacks),
             "start_share": arm.start_share,
+            "rows": describe_rows(rows[share]),
         }
         cells.append(Cell(f"{kind}/{_data_name(share)}/{name}", estimate, run, seen | options | described))
-    chosen = [cell for cell in cells if only is None or cell.name.split("/")[-1] in ("before", *only)]
-    runner = Cells(output / "cells", hours)
-    try:
-        runner.run(chosen)
-    finally:
-        print(write_front({cell.name: runner.read(cell) for cell in cells}, runner.missing(cells), output))
-    if runner.failed:
-        listed = "; ".join(f"{name}: {error}" for name, error in runner.failed.items())
-        raise RuntimeError(f"{len(runner.failed)} cells failed, the others are complete. {listed}")
+    run_study_cells(cells, write_preservation, output=output, hours=hours, only=only)
 
 
-def _before(source: str | os.PathLike[str], look: Callable[[nn.Module], dict[str, Any]]) -> dict[str, Any]:
+def _before(source: str | os.PathLike[str], look: Look) -> dict[str, Any]:
     return {"step": 0, "training_seconds": 0.0, "metrics": {}, **look(load_causal_lm(source, dtype="float32"))}
 
 
@@ -171,41 +156,21 @@ def _fit(
     source: str | os.PathLike[str],
     arm: Arm,
     *,
-    at: Sequence[int],
-    look: Callable[[nn.Module], dict[str, Any]],
     rows: Sequence[Example],
-    lora: bool,
-    learning_rate: float,
     batch_size: int,
-    precision: Any,
-    seed: int,
+    lora: bool,
+    **options: Any,
 ) -> dict[str, Any]:
-    pl.seed_everything(seed, verbose=False)
-    module = CausalLanguageModule(
-        source, dtype="float32", learning_rate=learning_rate, schedule="constant", lora=LORA if lora else None
+    data = InstructionDataModule(list(rows), batch_size=batch_size, max_length=512, seed=options["seed"])
+    make_module = partial(
+        CausalLanguageModule,
+        source,
+        dtype="float32",
+        learning_rate=options.pop("learning_rate"),
+        schedule="constant",
+        lora=LORA if lora else None,
     )
-    looking = LookingOn(at, look, arm.start_share)
-    trainer = pl.Trainer(
-        max_steps=max(at),
-        max_epochs=-1,
-        devices=1,
-        precision=precision,
-        gradient_clip_val=1.0,
-        # Each cell has its own: a callback keeps what it found. What they have done at a step is looked at after it.
-        callbacks=[*copy.deepcopy(arm.callbacks), looking],
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    data = InstructionDataModule(list(rows), batch_size=batch_size, max_length=512, seed=seed)
-    trainer.fit(module, datamodule=data)
-    if [entry["step"] for entry in looking.found] != sorted(set(at)):
-        raise RuntimeError(
-            f"The fit expected to be looked at after the steps {sorted(set(at))} but ended after step"
-            f" {trainer.global_step}. Leave callbacks that end a fit out of the arm."
-        )
-    return {"looks": looking.found}
+    return {"looks": fit_and_look(make_module, data, arm.callbacks, start_share=arm.start_share, **options)[1]}
 
 
 def _rows(share: float) -> list[Example]:

@@ -3,24 +3,64 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_safety.data import Example
-from lightning_safety.language import find_language_model
-from lightning_safety.monitoring import KeywordRefusalJudge, RefusalClassifier, measure_harmfulness, perplexity
+from lightning_safety.data import Example, known_answer_tasks
+from lightning_safety.language import find_language_model, load_tokenizer
+from lightning_safety.monitoring import (
+    KeywordRefusalJudge,
+    PromptSource,
+    RefusalClassifier,
+    exact_match,
+    measure_harmfulness,
+    perplexity,
+    read_prompts,
+)
 from lightning_safety.monitoring.rates import finite_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Look = Callable[[nn.Module], dict[str, Any]]
+"""Returns what is seen of a model, as JSON holds it."""
+
+SECONDS_A_LOOK = 75.0
+"""What a look takes for SmolLM2-135M-Instruct and 100 harmful prompts on two cores."""
+
 _BATCH_SIZE = 32
+
+
+def make_look(source: str | os.PathLike[str], harmful: PromptSource, prompts: int, *, limit: int | None = None) -> Look:
+    """Return what looks at a model with prompts that nothing was tuned on: `look_at` with the built-in ``test`` splits.
+
+    Args:
+        source: Where the tokenizer is.
+        harmful: Prompts that should be refused: a built-in set (its ``test`` split), a file or a hub data set.
+        prompts: At most so many of them, spread evenly.
+        limit: At most so many borderline and harmless prompts, and tasks; None: all.
+    """
+
+    def read(source: PromptSource, name: str, count: int | None) -> list[Example]:
+        return read_prompts(source, name, split="test", limit=count)[1]
+
+    return partial(
+        look_at,
+        tokenizer=load_tokenizer(source),
+        harmful=read(harmful, "harmful", prompts),
+        borderline=read("borderline", "borderline", limit),
+        answers=read("harmless", "harmless", limit),
+        tasks=known_answer_tasks()[:limit],
+    )
 
 
 def look_at(
@@ -28,16 +68,20 @@ def look_at(
     tokenizer: PreTrainedTokenizerBase,
     harmful: Sequence[Example],
     borderline: Sequence[Example],
-    task: Sequence[Example],
+    answers: Sequence[Example],
+    tasks: Sequence[Example],
 ) -> dict[str, Any]:
-    """Return rates by two judges and the perplexity of the task's answers. Replies are judged and forgotten.
+    """Return rates by two judges, the perplexity of written answers, and the share of tasks that are solved.
+
+    Replies are judged and forgotten.
 
     Args:
         model: A causal language model; left as it is.
         tokenizer: Its tokenizer.
         harmful: Prompts that should be refused.
         borderline: Prompts that should not.
-        task: Prompts with written answers.
+        answers: Harmless prompts with written answers.
+        tasks: Prompts with one right answer each.
     """
     found = measure_harmfulness(
         model,
@@ -48,13 +92,14 @@ def look_at(
         judges=[KeywordRefusalJudge(), RefusalClassifier()],
         batch_size=_BATCH_SIZE,
     )
-    task_perplexity = perplexity(model, tokenizer, task, batch_size=_BATCH_SIZE)
+    of_answers = perplexity(model, tokenizer, answers, batch_size=_BATCH_SIZE)
+    solved = exact_match(model, tokenizer, tasks, batch_size=_BATCH_SIZE)
     for judge, rates in found.rates.items():
         print(f"{judge}: attack success {rates['attack_success_rate']}, over-refusal {rates['over_refusal_rate']}")
     rates_by_judge = {
         judge: {name: rate.to_dict() for name, rate in rates.items()} for judge, rates in found.rates.items()
     }
-    return {"rates": rates_by_judge, "perplexity": task_perplexity.to_dict()}
+    return {"rates": rates_by_judge, "perplexity": of_answers.to_dict(), "exact_match": solved.to_dict()}
 
 
 class LookingOn(pl.Callback):
@@ -70,9 +115,7 @@ class LookingOn(pl.Callback):
         found: What was found, in order, each with ``step`` and ``training_seconds``.
     """
 
-    def __init__(
-        self, at: Sequence[int], look: Callable[[nn.Module], dict[str, Any]], start_share: float = 0.0
-    ) -> None:
+    def __init__(self, at: Sequence[int], look: Look, start_share: float = 0.0) -> None:
         self.at = tuple(at)
         self.look = look
         self.start_share = start_share
@@ -121,3 +164,57 @@ class LookingOn(pl.Callback):
             with torch.no_grad():
                 for name, weight in trained.items():
                     model.get_parameter(name).copy_(weight)
+
+
+def fit_and_look(
+    make_module: Callable[[], pl.LightningModule],
+    data: pl.LightningDataModule,
+    callbacks: Sequence[pl.Callback],
+    *,
+    at: Sequence[int],
+    look: Look,
+    precision: Any,
+    seed: int,
+    start_share: float = 0.0,
+) -> tuple[pl.LightningModule, list[dict[str, Any]]]:
+    """Fit a module in memory, look at it on the way, and leave nothing on disk.
+
+    Args:
+        make_module: Makes the module, after the seed is set.
+        data: What it is trained on.
+        callbacks: Copied: each fit has its own.
+        at: After which optimizer steps to look; the last ends the fit.
+        look: What is seen.
+        precision: Lightning's.
+        seed: Of everything that is drawn.
+        start_share: As in `LookingOn`.
+
+    Returns:
+        The fitted module, and what `LookingOn` found.
+
+    Raises:
+        RuntimeError: A callback ended the fit early.
+    """
+    pl.seed_everything(seed, verbose=False)
+    module = make_module()
+    looking = LookingOn(at, look, start_share)
+    trainer = pl.Trainer(
+        max_steps=max(at),
+        max_epochs=-1,
+        devices=1,
+        precision=precision,
+        gradient_clip_val=1.0,
+        # What callbacks have done at a step is looked at after it.
+        callbacks=[*copy.deepcopy(list(callbacks)), looking],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    if [entry["step"] for entry in looking.found] != sorted(set(at)):
+        raise RuntimeError(
+            f"The fit expected to be looked at after the steps {sorted(set(at))} but ended after step"
+            f" {trainer.global_step}. Leave callbacks that end a fit out of the arm."
+        )
+    return module, looking.found

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_safety.drawing import has_matplotlib, new_figure
-from lightning_safety.files import replace_atomically
-from lightning_safety.monitoring.rates import Rate
-from lightning_safety.monitoring.table import markdown_table
+from lightning_safety.drawing import new_figure
 from lightning_safety.report.colours import LIGHT
+from lightning_safety.report.studies.looks import MISSING, Look, error_bars, looks_table, read_look
+from lightning_safety.report.studies.reading import StudyResults, write_study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,10 +20,8 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 """The arm that the others are compared with."""
 
-_RATES = {"attack_success_rate": "attack success", "over_refusal_rate": "over-refusal"}
 _COSTS = ("perplexity of the task's answers", "extra training time, preparation included")
 _MARKERS = "osD^vPX*"
-_MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -35,45 +31,36 @@ class Point:
     Attributes:
         arm: Its name.
         step: After how many optimizer steps.
-        rates: By judge, then by name.
-        perplexity: Of the task's answers: value, low, high.
+        look: What was seen then.
         extra_time: Seconds of training over those of the plain arm, less 1; None without one.
         share: Rehearsals per optimizer step; None where there is no rehearsal.
     """
 
     arm: str
     step: int
-    rates: Mapping[str, Mapping[str, Rate]]
-    perplexity: tuple[float, float, float]
+    look: Look
     extra_time: float | None
     share: float | None
 
 
-def write_front(results: Mapping[str, Any], missing: Mapping[str, float], output: str | os.PathLike[str]) -> str:
+def write_preservation(results: StudyResults, output: Path) -> str:
     """Write ``results.md`` and, with matplotlib, a figure for each kind of training.
 
     Args:
-        results: What cells found, by name: ``before`` and ``<training>/<data>/<arm>``; None for those not run.
-        missing: The cells not run, and what they would take, in seconds.
+        results: Of the cells ``before`` and ``<training>/<data>/<arm>``.
         output: The folder.
 
     Returns:
         The text of ``results.md``.
     """
-    groups = _groups(results)
-    before = _points({"before": results["before"]})[0] if results.get("before") else None
+    groups = _groups(results.found)
+    before = _points({"before": results.found["before"]})[0] if "before" in results.found else None
     parts = [_table(title, points, before) for title, points in groups.items()]
-    if missing:
-        parts.append(_not_run(missing))
-    text = "\n\n".join(parts) + "\n"
-    with replace_atomically(Path(output) / "results.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    if has_matplotlib():
-        for training in dict.fromkeys(title.split("/")[0] for title in groups):
-            figure = draw_front({t: p for t, p in groups.items() if t.split("/")[0] == training}, before)
-            with replace_atomically(Path(output) / f"front-{training}.png") as temporary:
-                figure.savefig(temporary, format="png")
-    return text
+    figures = {}
+    for training in dict.fromkeys(title.split("/")[0] for title in groups):
+        shown = {title: points for title, points in groups.items() if title.split("/")[0] == training}
+        figures[f"front-{training}"] = partial(draw_front, shown, before)
+    return write_study("\n\n".join([*parts, results.footer]), figures, output)
 
 
 def draw_front(groups: Mapping[str, Sequence[Point]], before: Point | None) -> Figure:
@@ -92,11 +79,11 @@ def draw_front(groups: Mapping[str, Sequence[Point]], before: Point | None) -> F
         last = max(point.step for point in points)
         for axes, label in zip(row, _COSTS, strict=True):
             for point in points:
-                place = point.perplexity[0] if axes is row[0] else point.extra_time
+                place = point.look.perplexity[0] if axes is row[0] else point.extra_time
                 if point.step == last and place is not None:
                     _draw_point(axes, place, point, arms.index(point.arm))
             if before is not None:
-                axes.axhline(_first(before).value, color=LIGHT.quiet, linewidth=1, linestyle="--", label="before")
+                axes.axhline(before.look.first().value, color=LIGHT.quiet, linewidth=1, linestyle="--", label="before")
             axes.set_ylim(0, 1)
             axes.set_xlabel(label)
             axes.grid(color=LIGHT.line, linewidth=0.6)
@@ -110,14 +97,13 @@ def draw_front(groups: Mapping[str, Sequence[Point]], before: Point | None) -> F
 
 
 def _draw_point(axes: Any, place: float, point: Point, number: int) -> None:
-    rate = _first(point)
-    low, high = rate.interval
+    rate = point.look.first()
     control = "random" in point.arm
     colour = LIGHT.series[number % len(LIGHT.series)]
     axes.errorbar(
         place,
         rate.value,
-        yerr=[[rate.value - low], [high - rate.value]],
+        yerr=error_bars(rate),
         fmt=_MARKERS[number // len(LIGHT.series) % len(_MARKERS)],
         color=colour,
         # Controls are hollow.
@@ -127,15 +113,11 @@ def _draw_point(axes: Any, place: float, point: Point, number: int) -> None:
     )
 
 
-def _first(point: Point) -> Rate:
-    return next(iter(point.rates.values()))["attack_success_rate"]
-
-
 def _groups(results: Mapping[str, Any]) -> dict[str, list[Point]]:
     found: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
         title, _, arm = name.rpartition("/")
-        if title and result is not None:
+        if title:
             found.setdefault(title, {})[arm] = result
     return {title: _points(by_arm) for title, by_arm in found.items()}
 
@@ -146,51 +128,22 @@ def _points(by_arm: Mapping[str, Any]) -> list[Point]:
     for arm, result in by_arm.items():
         for look in result["looks"]:
             seconds, step = look["training_seconds"], look["step"]
-            points.append(
-                Point(
-                    arm,
-                    step,
-                    {judge: _read_rates(rates) for judge, rates in look["rates"].items()},
-                    tuple(_number(look["perplexity"][key]) for key in ("value", "low", "high")),  # type: ignore[arg-type]
-                    seconds / plain[step] - 1 if plain.get(step) else None,
-                    look["metrics"].get("safety/rehearsal_share"),
-                )
-            )
+            extra = seconds / plain[step] - 1 if plain.get(step) else None
+            points.append(Point(arm, step, read_look(look), extra, look["metrics"].get("safety/rehearsal_share")))
     return points
-
-
-def _read_rates(rates: Mapping[str, Any]) -> dict[str, Rate]:
-    return {name: Rate(rate["successes"], rate["scored"], rate["total"]) for name, rate in rates.items()}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _not_run(missing: Mapping[str, float]) -> str:
-    arms: dict[str, list[str]] = {}
-    hours: dict[str, float] = {}
-    for name, seconds in missing.items():
-        title, _, arm = name.rpartition("/")
-        arms.setdefault(title, []).append(arm)
-        hours[title] = hours.get(title, 0.0) + seconds / 3600
-    lines = [f"- {title}: {', '.join(names)} ({hours[title]:.2f} h)" for title, names in arms.items()]
-    return "\n".join(["Not run, with the hours they would take, estimated:", "", *lines])
 
 
 def _table(title: str, points: Sequence[Point], before: Point | None) -> str:
     rows = [*([before] if before is not None else []), *points]
-    judges = list(points[0].rates)
-    heading = ["", "steps"]
-    heading += [f"{words}, {judge}" for words in _RATES.values() for judge in judges]
-    heading += [_COSTS[0], "extra time, preparation included", "rehearsals a step"]
-    lines = [heading]
-    for point in rows:
-        line = [point.arm, str(point.step)]
-        line += [str(point.rates[judge][name]) for name in _RATES for judge in judges]
-        value, low, high = point.perplexity
-        line.append(f"{value:.2f} [{low:.2f}, {high:.2f}]")
-        line.append(_MISSING if point.extra_time is None else f"{100 * point.extra_time:+.0f} %")
-        line.append(_MISSING if point.share is None else f"{point.share:.2f}")
-        lines.append(line)
-    return "\n".join([f"### {title}", "", *markdown_table(lines)])
+    return looks_table(
+        title,
+        [((point.arm, str(point.step)), point.look) for point in rows],
+        ("", "steps"),
+        [
+            (
+                "extra time, preparation included",
+                [MISSING if point.extra_time is None else f"{100 * point.extra_time:+.0f} %" for point in rows],
+            ),
+            ("rehearsals a step", [MISSING if point.share is None else f"{point.share:.2f}" for point in rows]),
+        ],
+    )
