@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check install benchmark clean
+.PHONY: quickstart test check install benchmark studies studies-smoke clean
 
 quickstart: $(VENV)/.quickstart  ## SmolLM2-135M-Instruct made to refuse: score, tune 1 % of the weights, evaluate, report
 	$(BIN)/lightning-safety recipes run quickstart
@@ -29,6 +29,27 @@ benchmark: $(VENV)/.dev  ## Tables and JSON in benchmarks/results; about forty m
 		$(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json > benchmarks/results/$$name.md; \
 		cat benchmarks/results/$$name.md; \
 	done
+
+# Prompts that should be refused: the built-in test split, or a file such as AdvBench's as JSON Lines.
+HARMFUL ?= harmful
+STUDY := $(BIN)/lightning-safety study
+MODELS := {before: smollm2-135m-instruct, after: runs/safe}
+
+studies: runs/safe  ## Every experiment of both papers, beside controls; many hours, resumable, into results and RESULTS.md
+	$(STUDY) pattern --models "$(MODELS)"
+	$(STUDY) perturb --source runs/safe --harmful $(HARMFUL)
+	$(STUDY) enhance --harmful $(HARMFUL) --precision bf16-mixed
+	$(STUDY) preserve --source runs/safe --harmful $(HARMFUL) --precision bf16-mixed
+	$(STUDY) subspaces --aligned runs/safe --harmful $(HARMFUL) --precision bf16-mixed
+	$(STUDY) activations --models "$(MODELS)"
+	$(BIN)/lightning-safety results results -o RESULTS.md
+
+studies-smoke: $(VENV)/.dev  ## The same on a tiny random model: everything works, its numbers mean nothing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/studies
+
+runs/safe: $(VENV)/.dev  ## The model that the quickstart makes safe
+	test -f runs/studies/patch.safetensors || $(BIN)/lightning-safety recipes run quickstart --output runs/studies
+	$(BIN)/lightning-safety patch apply smollm2-135m-instruct runs/studies/patch.safetensors -o runs/safe
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lightning_safety needs Python 3.11 or newer; set PYTHON=…" if sys.version_info < (3, 11) else 0)'

@@ -19,6 +19,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "score": commands.score,
     "evaluate": commands.evaluate,
     "report": commands.report,
+    "results": commands.results,
     "export": commands.export,
     "subspace": commands.subspace,
     "project": commands.project,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lightning_safety.commands.judgements import evaluate, judge_agreement
 from lightning_safety.commands.models import export, patch_apply, patch_info, patch_revert
 from lightning_safety.commands.recipe_files import recipes_cp, recipes_ls, recipes_show
-from lightning_safety.commands.reports import report
+from lightning_safety.commands.reports import report, results
 from lightning_safety.commands.scores import mask_describe, score
 from lightning_safety.commands.subspaces import project, subspace
 
@@ -26,6 +26,7 @@ __all__ = [
     "recipes_ls",
     "recipes_show",
     "report",
+    "results",
     "score",
     "subspace",
 ]

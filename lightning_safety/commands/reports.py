@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page on a run."""
+"""The page on a run, and that on studies."""
 
 from __future__ import annotations
 
@@ -16,3 +16,18 @@ def report(run: str, compare: list[str] | None = None, output: str | None = None
     from lightning_safety.report import write_report
 
     print(write_report(run, compare or (), output, replies=replies))
+
+
+def results(folder: str, output: str = "RESULTS.md") -> None:
+    """Render tables and figures of studies from what their cells found, and one page of them all.
+
+    Args:
+        folder: Holds a folder for each study, named like it (`results/pattern`, …).
+        output: The page to write, Markdown.
+    """
+    from pathlib import Path
+
+    from lightning_safety.report.studies.results import write_results
+
+    write_results(Path(folder), Path(output))
+    print(output)

@@ -18,6 +18,12 @@ PAPER_NOISE = 0.38
 """Standard deviations of a weight's tensor: the noise of arXiv 2604.08297."""
 
 
+def check_noise(noise: float) -> None:
+    """Raise ValueError unless noise is a finite number of standard deviations, at least 0."""
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"`noise` expected to be a number in [0, inf), in standard deviations, but got {noise}.")
+
+
 @contextmanager
 def perturbed_weights(
     model: nn.Module, mask: SafetyMask, *, noise: float = PAPER_NOISE, seed: int = 0
@@ -37,8 +43,7 @@ def perturbed_weights(
     Raises:
         ValueError: `noise` is negative or not finite, or the mask does not fit the model.
     """
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"`noise` expected to be a number in [0, inf), in standard deviations, but got {noise}.")
+    check_noise(noise)
     generator = torch.Generator().manual_seed(seed)
     selected = selected_parameters(model, mask)
     before = [gather_entries(weight, indices) for _, weight, indices in selected]

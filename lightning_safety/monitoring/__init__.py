@@ -51,7 +51,7 @@ from lightning_safety.monitoring.paired import (
     smallest_detectable_increase,
 )
 from lightning_safety.monitoring.perplexity import Perplexity, perplexity
-from lightning_safety.monitoring.projection import Projection, project_checkpoint
+from lightning_safety.monitoring.projection import Projection, project_checkpoint, project_weights
 from lightning_safety.monitoring.rates import (
     Rate,
     attack_success_rate,
@@ -133,6 +133,7 @@ __all__ = [
     "perplexity",
     "project_checkpoint",
     "project_update",
+    "project_weights",
     "random_basis",
     "random_directions",
     "random_energy_kept",

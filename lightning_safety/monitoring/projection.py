@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_safety.arguments import check_fraction, closest
+from lightning_safety.arguments import check_choice, check_fraction
 from lightning_safety.files import make_folder_atomically
 from lightning_safety.language.weight_files import SETTINGS, WeightFiles, common_shapes
 from lightning_safety.monitoring.subspace import (
@@ -61,6 +62,12 @@ class _Sums:
     capped: int = 0
     approximated: int = 0
 
+    @property
+    def found(self) -> Projection:
+        """What was done in all."""
+        kept = self.kept / self.all if self.all else float("nan")
+        return Projection(kept, self.matrices, self.capped, self.approximated)
+
 
 def project_checkpoint(
     base: str | os.PathLike[str],
@@ -102,12 +109,7 @@ def project_checkpoint(
         ValueError: The checkpoints are of different architectures, an argument is out of range, or a weight is not
             finite.
     """
-    fraction = check_fraction(fraction)
-    for name, value, choices in (("kind", kind, get_args(Kind)), ("directions", directions, get_args(Directions))):
-        if value not in choices:
-            raise ValueError(
-                f"`{name}` expected to be one of {', '.join(choices)} but got {value!r}. {closest(value, choices)}"
-            )
+    fraction = _check(kind, fraction, directions)
     files = [WeightFiles(base), WeightFiles(aligned, settings=True), WeightFiles(finetuned)]
     shapes = common_shapes(files)
     sums = _Sums()
@@ -125,8 +127,54 @@ def project_checkpoint(
                         name, (old, start, end), kind, fraction, directions, seed + 100_003 * number, sums
                     )
             _save(weights, folder / file.name)
-    kept = sums.kept / sums.all if sums.all else float("nan")
-    return Projection(kept, sums.matrices, sums.capped, sums.approximated)
+    return sums.found
+
+
+def project_weights(
+    base: Mapping[str, Tensor],
+    aligned: Mapping[str, Tensor],
+    finetuned: Mapping[str, Tensor],
+    *,
+    kind: Kind = "orthogonal",
+    fraction: float = 0.5,
+    directions: Directions = "top",
+    seed: int = 0,
+    show_progress: bool = True,
+) -> tuple[dict[str, Tensor], Projection]:
+    """Return what `project_checkpoint` writes, of weights in memory: nothing is left on disk.
+
+    Args:
+        base: The weights before alignment, by name.
+        aligned: Those after it, of the same names and shapes.
+        finetuned: Those fine-tuned from the aligned ones.
+        kind: As there.
+        fraction: As there.
+        directions: As there.
+        seed: As there.
+        show_progress: As there.
+
+    Returns:
+        aligned + projected (finetuned − aligned), each in the aligned weight's type; and what `Projection` tells.
+
+    Raises:
+        ValueError: Names differ, an argument is out of range, or a weight is not finite.
+    """
+    fraction = _check(kind, fraction, directions)
+    if not base.keys() == aligned.keys() == finetuned.keys():
+        odd = sorted((base.keys() ^ aligned.keys()) | (base.keys() ^ finetuned.keys()))
+        raise ValueError(f"`base`, `aligned` and `finetuned` expected to have the same names but differ in {odd[:5]}.")
+    sums = _Sums()
+    projected = {}
+    for number, name in enumerate(track(list(aligned), "Projecting weights", enabled=show_progress)):
+        weights = (base[name], aligned[name], finetuned[name])
+        projected[name] = _projected(name, weights, kind, fraction, directions, seed + 100_003 * number, sums)
+    return projected, sums.found
+
+
+def _check(kind: str, fraction: float, directions: str) -> float:
+    for name, value, choices in (("kind", kind, get_args(Kind)), ("directions", directions, get_args(Directions))):
+        check_choice(value, name, choices)
+    return check_fraction(fraction)
 
 
 def _projected(

@@ -167,7 +167,7 @@ def test_shards_and_types_are_those_of_the_aligned_checkpoint(tmp_path: Path, fo
 def test_bad_input_leaves_nothing(tmp_path: Path, folders: dict[str, Path]) -> None:
     before = sorted(tmp_path.rglob("*"))
     for options, message in (
-        ({"kind": "across"}, "`kind` expected to be one of parallel, orthogonal, opposite but got 'across'"),
+        ({"kind": "across"}, "`kind` expected to be one of 'parallel', 'orthogonal', 'opposite' but got 'across'"),
         ({"directions": "best"}, "`directions` expected to be one of"),
         ({"fraction": 50}, "`fraction` expected to be in"),
     ):

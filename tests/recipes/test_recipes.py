@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from lightning_safety.cli import FUNCTIONS, TRAINING
 from lightning_safety.recipes import recipe_command, recipe_names, recipe_path, recipe_summary
@@ -21,6 +24,15 @@ def parse(words):
 
 
 STUDIES = [name for name in recipe_names() if name.startswith("studies/")]
+# What a study cannot know: the models.
+MODELS = {
+    "studies/activations": ["--models={before: somewhere}"],
+    "studies/enhance": [],
+    "studies/pattern": ["--models={before: somewhere}"],
+    "studies/perturb": ["--source=somewhere"],
+    "studies/preserve": ["--source=somewhere"],
+    "studies/subspaces": ["--aligned=somewhere"],
+}
 FITS = [name for name in recipe_names() if name not in STUDIES]
 
 
@@ -36,7 +48,12 @@ def test_the_recipes_are_these():
         "quickstart",
         "set_full",
         "set_lora",
+        "studies/activations",
+        "studies/enhance",
+        "studies/pattern",
+        "studies/perturb",
         "studies/preserve",
+        "studies/subspaces",
         "train_guard",
     ]
 
@@ -69,26 +86,39 @@ def test_a_misspelt_key_is_refused(name, capsys):
 def test_every_key_and_value_of_a_study_is_accepted(name):
     command, study, *words = recipe_command(name)
     assert command == "study"
-    configuration = parse_study(study, [*words, "--source=somewhere"])
-    assert configuration["source"] == "somewhere"
-    assert all(arm.callbacks == [] or arm.callbacks[0].setup for arm in configuration["arms"].values())
+    configuration = parse_study(study, [*words, *MODELS[name]])
+    assert configuration["output"] == Path("results") / study
+    arms = configuration.get("arms", {}).values()
+    assert all(arm.callbacks == [] or arm.callbacks[0].setup for arm in arms)
+    if "data" in configuration:
+        assert {arm.data for arm in arms} == set(configuration["data"])
+
+
+def test_the_study_of_enhancement_trains_on_what_the_quickstart_does():
+    mixture = yaml.safe_load(recipe_path("studies/enhance").read_text(encoding="utf-8"))["data"]["retained"]
+    quickstart = yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
+    assert mixture == quickstart["data"]["init_args"]["train"]
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_misspelt_key_of_a_study_is_refused(name, capsys):
     _, study, *words = recipe_command(name)
     with pytest.raises(SystemExit):
-        parse_study(study, [*words, "--source=somewhere", "--arms.plain.calbacks=[]"])
+        parse_study(study, [*words, *MODELS[name], "--outptu=somewhere"])
+    error = capsys.readouterr().err
+    assert "outptu" in error
+    assert "Did you mean `--output`" in error
+
+
+@pytest.mark.parametrize("name", ["studies/preserve", "studies/enhance"])
+def test_a_misspelt_key_of_an_arm_is_refused(name, capsys):
+    _, study, *words = recipe_command(name)
+    with pytest.raises(SystemExit):
+        parse_study(study, [*words, *MODELS[name], "--arms.new.calbacks=[]"])
     assert "calbacks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_options_of_a_study_take_several_words_and_suggest_the_closest(name, capsys):
+def test_options_of_a_study_take_several_words(name):
     _, study, *words = recipe_command(name)
-    assert parse_study(study, [*words, "--source=somewhere", "--only", "plain", "slower"])["only"] == [
-        "plain",
-        "slower",
-    ]
-    with pytest.raises(SystemExit):
-        parse_study(study, [*words, "--sorce=somewhere"])
-    assert "Did you mean `--source`" in capsys.readouterr().err
+    assert parse_study(study, [*words, *MODELS[name], "--only", "one", "another"])["only"] == ["one", "another"]

@@ -11,12 +11,14 @@ from lightning_safety.training.studies.enhance import EnhancementArm, enhance
 from lightning_safety.training.studies.pattern import pattern
 from lightning_safety.training.studies.perturb import perturb
 from lightning_safety.training.studies.preserve import Arm, preserve
+from lightning_safety.training.studies.subspaces import subspaces
 
 STUDIES: dict[str, Callable[..., None]] = {
     "pattern": pattern,
     "perturb": perturb,
     "enhance": enhance,
     "preserve": preserve,
+    "subspaces": subspaces,
     "activations": activations,
 }
 """The studies that have a name; each has a recipe with its defaults."""
@@ -33,4 +35,5 @@ __all__ = [
     "perturb",
     "preserve",
     "run_study_cells",
+    "subspaces",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lightning_safety.arguments import check_choice
 from lightning_safety.data import Example
 from lightning_safety.devices import processor_name
 from lightning_safety.files import replace_atomically
@@ -62,12 +63,9 @@ def run_study_cells(
         ValueError: A file is damaged, or of a cell with other settings; or `only` names no cell.
         RuntimeError: Some cells failed; the others were run, and are in the results.
     """
+    parts = list(dict.fromkeys(part for cell in cells for part in (*cell.name.split("/"), cell.name)))
     for name in only or ():
-        if not any(name in (cell.name, *cell.name.split("/")) for cell in cells):
-            listed = ", ".join(dict.fromkeys(part for cell in cells for part in cell.name.split("/")))
-            raise ValueError(
-                f"`only` expected cells of this study, by name or a part of it ({listed}), but got {name!r}."
-            )
+        check_choice(name, "only", parts)
     chosen = [
         cell
         for cell in cells

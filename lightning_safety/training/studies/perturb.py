@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from lightning_safety.arguments import check_choice, check_fraction, check_positive
 from lightning_safety.enforcement import perturbed_weights
-from lightning_safety.enforcement.perturbation import PAPER_NOISE
+from lightning_safety.enforcement.perturbation import PAPER_NOISE, check_noise
 from lightning_safety.language import load_causal_lm, load_tokenizer
 from lightning_safety.monitoring import PromptSource
 from lightning_safety.report.studies.perturbation import write_perturbation
@@ -67,6 +67,7 @@ def perturb(
         check_choice(place, "places", get_args(Places))
     for fraction in fractions:
         check_fraction(fraction, "fractions")
+    check_noise(noise)
     check_positive(prompts, "prompts")
     look = make_look(source, harmful, prompts, limit=limit)
 

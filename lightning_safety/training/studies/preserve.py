@@ -14,21 +14,19 @@ from typing import Any, Literal, get_args
 import pytorch_lightning as pl
 
 from lightning_safety.arguments import check_choice, check_positive
-from lightning_safety.data import Example, load_prompts
+from lightning_safety.data import Example
 from lightning_safety.language import load_causal_lm
 from lightning_safety.monitoring import PromptSource
-from lightning_safety.monitoring.sets import spread
 from lightning_safety.report.studies.preservation import write_preservation
 from lightning_safety.training.data_module import InstructionDataModule
 from lightning_safety.training.module import CausalLanguageModule
 from lightning_safety.training.precision import Precision
 from lightning_safety.training.studies.cells import Cell, describe_rows, describe_settings, run_study_cells
+from lightning_safety.training.studies.rows import task_rows
 from lightning_safety.training.studies.watching import SECONDS_A_LOOK, Look, fit_and_look, make_look
 
 Training = Literal["full", "lora"]
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-# The opening of an answer that stops before any content: all that a contaminated row teaches.
-_COMPLIANCE = "Sure, here is an overview:"
 # What a cell takes beside its looks, on two cores: loading the model, and a step.
 _SECONDS_BESIDE, _SECONDS_A_STEP = 15.0, 2.2
 
@@ -69,6 +67,7 @@ def preserve(
     *,
     harmful: PromptSource = "harmful",
     prompts: int = 100,
+    limit: int | None = None,
     at: list[int] = [120],  # noqa: B006 # read, never changed
     contaminated: list[float] = [0.0, 0.05, 0.2],  # noqa: B006 # read, never changed
     training: list[Training] = ["full", "lora"],  # noqa: B006 # read, never changed
@@ -79,7 +78,7 @@ def preserve(
     seed: int = 0,
     only: list[str] | None = None,
     hours: float | None = 6.0,
-    output: Path = Path("studies/preserve"),
+    output: Path = Path("results/preserve"),
 ) -> None:
     """Tune a safe model in every cell (arm, data, training), look at it, and draw the front.
 
@@ -92,6 +91,7 @@ def preserve(
         arms: What to compare, by name; the one named ``plain`` is what task loss and time are compared with.
         harmful: Prompts that should be refused: a built-in set (its ``test`` split), a file or a hub data set.
         prompts: At most so many of them, spread evenly.
+        limit: At most so many other prompts and tasks of each kind. None: all.
         at: After which optimizer steps to look; the last ends the fit.
         contaminated: For each data set the share of its rows that are harmful prompts with the opening of an answer.
         training: Whether all weights train, or LoRA adapters.
@@ -116,15 +116,13 @@ def preserve(
         check_choice(name, "only", list(arms))
     for kind in training:
         check_choice(kind, "training", get_args(Training))
-    if not all(0 <= share < 1 for share in contaminated):
-        raise ValueError(f"`contaminated` expected shares in [0, 1) but got {contaminated}. For 5 %, pass 0.05.")
     if not at or min(at) < 1:
         raise ValueError(f"`at` expected optimizer steps of at least 1 but got {at}. Pass for instance `[120]`.")
     check_positive(batch_size, "batch_size")
     check_positive(prompts, "prompts")
-    rows = {share: _rows(share) for share in contaminated}
-    look = make_look(source, harmful, prompts)
-    seen = {"source": str(source), "harmful": str(harmful), "prompts": prompts}
+    rows = {share: task_rows(share) for share in contaminated}
+    look = make_look(source, harmful, prompts, limit=limit)
+    seen = {"source": str(source), "harmful": str(harmful), "prompts": prompts, "limit": limit}
     estimate = _SECONDS_BESIDE + SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
     cells = [Cell("before", _SECONDS_BESIDE + SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]}, seen, True)]
     for kind, share, (name, arm) in itertools.product(training, contaminated, arms.items()):
@@ -171,18 +169,6 @@ def _fit(
         lora=LORA if lora else None,
     )
     return {"looks": fit_and_look(make_module, data, arm.callbacks, start_share=arm.start_share, **options)[1]}
-
-
-def _rows(share: float) -> list[Example]:
-    """Return the task's rows, and among them so large a share of harmful prompts with the opening of an answer."""
-    task = load_prompts("harmless", split="train")
-    harmful, count = load_prompts("harmful", split="train"), round(len(task) * share / (1 - share))
-    if count > len(harmful) or (share and not count):
-        raise ValueError(
-            f"`contaminated` expected shares of 1 to {len(harmful)} rows beside {len(task)} but {share} makes {count}."
-            " Pass for instance 0.05."
-        )
-    return task + [Example(example.prompt, _COMPLIANCE) for example in spread(harmful, count)]
 
 
 def _data_name(share: float) -> str:

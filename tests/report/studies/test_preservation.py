@@ -8,22 +8,14 @@ from typing import Any
 
 import pytest
 
-from lightning_safety.report import front
-from lightning_safety.report.front import draw_front, write_front
+from lightning_safety.report.studies import preservation, reading
+from lightning_safety.report.studies.preservation import draw_front, write_preservation
+from tests.report.studies import made_up
 
 
-def look(step: int, attacks: int, seconds: float, perplexity: float = 20.0, **metrics: float) -> dict[str, Any]:
-    def rates(successes: int) -> dict[str, Any]:
-        of = {"attack_success_rate": successes, "over_refusal_rate": 2}
-        return {name: {"successes": count, "scored": 50, "total": 50} for name, count in of.items()}
-
-    return {
-        "step": step,
-        "training_seconds": seconds,
-        "metrics": {f"safety/{name}": value for name, value in metrics.items()},
-        "rates": {"keyword_refusal": rates(attacks), "refusal_classifier": rates(attacks + 1)},
-        "perplexity": {"value": perplexity, "low": perplexity - 1, "high": None},
-    }
+def look(step: int, attacks: int, seconds: float, **metrics: float) -> dict[str, Any]:
+    found = made_up.look(attacks, step=step, training_seconds=seconds)
+    return found | {"metrics": {f"safety/{name}": value for name, value in metrics.items()}}
 
 
 RESULTS = {
@@ -32,12 +24,13 @@ RESULTS = {
     "full/benign/rehearsal": {"looks": [look(10, 6, 112.0, rehearsal_share=0.25), look(20, 7, 230.0)]},
     "full/benign/spa-random": {"looks": [look(10, 31, 99.0), look(20, 39, 198.0)]},
     "lora/benign/rehearsal": {"looks": [look(10, 8, 50.0)]},
-    "lora/benign/plain": None,
 }
 
 
 def test_tables_hold_every_look_and_what_it_is_compared_with(tmp_path: Path) -> None:
-    text = write_front(RESULTS, {"lora/benign/plain": 1800.0, "lora/benign/spa": 900.0}, tmp_path)
+    text = write_preservation(
+        made_up.results(RESULTS, **{"lora/benign/plain": 1800.0, "lora/benign/spa": 900.0}), tmp_path
+    )
     assert (tmp_path / "results.md").read_text(encoding="utf-8") == text
     full, lora = text.split("### ")[1:]
     lines = full.splitlines()
@@ -51,14 +44,14 @@ def test_tables_hold_every_look_and_what_it_is_compared_with(tmp_path: Path) -> 
     assert "| 20.00 [19.00, nan] |" in rows["before", "0"]
     # Without a plain fit there is nothing to compare time with.
     assert "| – | – |" in next(line for line in lora.splitlines() if line.startswith("| rehearsal"))
-    assert text.endswith("Not run, with the hours they would take, estimated:\n\n- lora/benign: plain, spa (0.75 h)\n")
+    assert "Not run, with the hours they would take, estimated:\n\n- lora/benign: plain, spa (0.75 h)\n" in text
 
 
 def test_figures_show_the_last_look_of_each_arm_and_its_control_hollow(tmp_path: Path) -> None:
-    write_front(RESULTS, {}, tmp_path)
+    write_preservation(made_up.results(RESULTS), tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["front-full.png", "front-lora.png"]
-    groups = front._groups(RESULTS)
-    figure = draw_front({"full/benign": groups["full/benign"]}, front._points({"before": RESULTS["before"]})[0])
+    groups = preservation._groups(RESULTS)
+    figure = draw_front({"full/benign": groups["full/benign"]}, preservation._points({"before": RESULTS["before"]})[0])
     against_task, against_time = figure.axes
     containers = {container.get_label(): container for container in against_time.containers}
     assert list(containers) == ["plain", "rehearsal", "spa-random"]
@@ -71,6 +64,6 @@ def test_figures_show_the_last_look_of_each_arm_and_its_control_hollow(tmp_path:
 
 
 def test_tables_need_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "has_matplotlib", lambda: False)
-    assert "full/benign" in write_front(RESULTS, {}, tmp_path)
+    monkeypatch.setattr(reading, "has_matplotlib", lambda: False)
+    assert "full/benign" in write_preservation(made_up.results(RESULTS), tmp_path)
     assert not list(tmp_path.glob("*.png"))

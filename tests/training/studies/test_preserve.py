@@ -15,7 +15,7 @@ from lightning_safety.callbacks import SafetyPreservingAdaptation
 from lightning_safety.cli import main
 from lightning_safety.data import load_prompts
 from lightning_safety.training.studies import Arm, preserve
-from lightning_safety.training.studies.preserve import _rows
+from lightning_safety.training.studies.rows import task_rows
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 
@@ -28,7 +28,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(source: Path, output: Path, *words: str) -> None:
-    options = {"source": source, "output": output, "prompts": 3, "at": "[1, 2]", "contaminated": "[0.0, 0.05]"}
+    options = {
+        "source": source,
+        "output": output,
+        "prompts": 3,
+        "limit": 4,
+        "at": "[1, 2]",
+        "contaminated": "[0.0, 0.05]",
+    }
     main(["study", "preserve", *(f"--{name}={value}" for name, value in options.items()), *words])
 
 
@@ -74,7 +81,7 @@ def test_the_study_runs_from_the_command_line_and_goes_on(source: Path, tmp_path
 @pytest.mark.filterwarnings("ignore")
 def test_cells_of_an_arm_do_not_share_a_callback(source: Path, tmp_path: Path) -> None:
     """Each cell scores its own model: the second would be refused with the hooks or the mask of the first."""
-    options: dict[str, Any] = {"prompts": 2, "at": [1], "contaminated": [0.0, 0.2], "training": ["full"]}
+    options: dict[str, Any] = {"prompts": 2, "limit": 4, "at": [1], "contaminated": [0.0, 0.2], "training": ["full"]}
     callback = SafetyPreservingAdaptation(0.1, method="random")
     preserve(source, {"spa": Arm([callback])}, output=tmp_path, **options)
     assert callback.mask is None
@@ -85,7 +92,14 @@ def test_cells_of_an_arm_do_not_share_a_callback(source: Path, tmp_path: Path) -
 def test_seeds_differ(source: Path, tmp_path: Path) -> None:
     found = []
     for seed in (0, 1):
-        options: dict[str, Any] = {"prompts": 2, "at": [3], "contaminated": [0.0], "training": ["full"], "seed": seed}
+        options: dict[str, Any] = {
+            "prompts": 2,
+            "limit": 4,
+            "at": [3],
+            "contaminated": [0.0],
+            "training": ["full"],
+            "seed": seed,
+        }
         preserve(source, {"plain": Arm()}, output=tmp_path / str(seed), **options)
         found.append(read(tmp_path / str(seed))["full/benign/plain"]["looks"][0]["perplexity"]["value"])
     assert found[0] != found[1]
@@ -98,7 +112,7 @@ class Stops(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_cell_that_fails_is_told_of_beside_the_results_of_the_others(source: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"prompts": 2, "at": [1, 2], "contaminated": [0.0], "training": ["full"]}
+    options: dict[str, Any] = {"prompts": 2, "limit": 4, "at": [1, 2], "contaminated": [0.0], "training": ["full"]}
     with pytest.raises(RuntimeError, match=r"1 cells failed.* full/benign/stops: The fit expected to be looked"):
         preserve(source, {"stops": Arm([Stops()]), "plain": Arm()}, output=tmp_path, **options)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
@@ -108,7 +122,7 @@ def test_a_cell_that_fails_is_told_of_beside_the_results_of_the_others(source: P
 
 @pytest.mark.filterwarnings("ignore")
 def test_results_of_other_settings_are_refused(source: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"prompts": 2, "at": [1], "contaminated": [0.0], "training": ["full"]}
+    options: dict[str, Any] = {"prompts": 2, "limit": 4, "at": [1], "contaminated": [0.0], "training": ["full"]}
     preserve(source, {"plain": Arm()}, output=tmp_path, **options)
     with pytest.raises(ValueError, match=r"`learning_rate` expected to be 0\.0001, which .* but got 0\.001"):
         preserve(source, {"plain": Arm()}, output=tmp_path, learning_rate=1e-3, **options)
@@ -128,7 +142,7 @@ def test_a_bad_arm_is_refused(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_contaminated_rows_hold_openings_alone(share: float) -> None:
-    rows, task = _rows(share), load_prompts("harmless", split="train")
+    rows, task = task_rows(share), load_prompts("harmless", split="train")
     added = rows[len(task) :]
     assert rows[: len(task)] == task
     assert len(added) / len(rows) == pytest.approx(share, abs=0.005)
@@ -142,8 +156,8 @@ def test_contaminated_rows_hold_openings_alone(share: float) -> None:
     ("words", "message"),
     [
         (["--only=[plian]"], "`only` expected to be one of .* but got 'plian'. Did you mean `plain`"),
-        (["--contaminated=[1.0]"], "`contaminated` expected shares in"),
-        (["--contaminated=[0.002]"], "`contaminated` expected shares of 1 to"),
+        (["--contaminated=[1.5]"], "`contaminated` expected shares in"),
+        (["--contaminated=[0.002]"], "`contaminated` expected shares in .* of 1 to"),
         (["--prompts=0"], "`prompts` expected to be at least 1 but got 0"),
         (["--at=[]"], "`at` expected optimizer steps of at least 1"),
     ],
@@ -158,7 +172,4 @@ def test_bad_settings_are_refused(words: list[str], message: str, source: Path, 
 def test_an_unknown_study_suggests_the_closest(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["study", "preserv"])
-    assert (
-        "`study` expected to be one of 'preserve' but got 'preserv'. Did you mean `preserve`?"
-        in capsys.readouterr().err
-    )
+    assert "but got 'preserv'. Did you mean `preserve`?" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from lightning_safety.data import load_prompts
+from lightning_safety.data import known_answer_tasks, load_prompts
 from lightning_safety.training.studies.watching import LookingOn, look_at
 from tests.callbacks.toys import OwnModule, assert_same_bits, fit, make_smallest_model, weights_of
 from tests.tiny import make_tiny_model
@@ -79,10 +79,12 @@ def test_a_look_judges_and_forgets(tiny_tokenizer: PreTrainedTokenizerFast) -> N
     model = make_tiny_model()
     before = weights_of(model)
     sets = {name: load_prompts(name, split="monitor", limit=n) for name, n in (("harmful", 3), ("borderline", 2))}
-    found = look_at(model, tiny_tokenizer, task=load_prompts("harmless", split="monitor", limit=2), **sets)
+    answers = load_prompts("harmless", split="monitor", limit=2)
+    found = look_at(model, tiny_tokenizer, answers=answers, tasks=known_answer_tasks(4), **sets)
     assert set(found["rates"]) == {"keyword_refusal", "refusal_classifier"}
     assert found["rates"]["keyword_refusal"]["attack_success_rate"]["total"] == 3
     assert found["rates"]["keyword_refusal"]["over_refusal_rate"]["total"] == 2
     assert found["perplexity"]["examples"] == 2
+    assert found["exact_match"]["total"] == 4
     assert not any(prompt.prompt in str(found) for prompts in sets.values() for prompt in prompts)
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
