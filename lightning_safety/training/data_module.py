@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example, TokenizedExample, length_buckets, pad_batch
 from lightning_safety.language import find_language_model, find_tokenizer, pad_token_id
+from lightning_safety.processes import check_alike
 from lightning_safety.training.counters import correct_in_epoch
 from lightning_safety.training.encoding import encode_examples
 from lightning_safety.training.loader import EvaluationLoader, Position, ResumableLoader
@@ -41,6 +42,11 @@ class InstructionDataModule(pl.LightningDataModule):
     the prompt or padding. Batches hold rows of similar length. Their order is a function of seed and epoch, and where a
     resumed fit continues follows from the trainer's own counters: it sees the batches it would have seen.
 
+    Several processes (DDP, FSDP2) share out the rows: a step of theirs trains on those of one process with a
+    `batch_size` so many times as large, and a fit goes on with other numbers of both whose product is the same. When
+    evaluating, a process without a row left gets one that is marked by ``filler``, which `CausalLanguageModule` leaves
+    out.
+
     Args:
         train: What to train on: the name of a built-in set (then its ``train`` split), a ``.jsonl``, ``.json`` or
             ``.csv`` file, a hub data set ``"owner/name"``, a list of `Example`, or a mixture: a list of mappings with
@@ -62,7 +68,7 @@ class InstructionDataModule(pl.LightningDataModule):
             - ``split``, ``limit``, ``prompt_column``, ``response_column``: as in `load_prompts`.
         val: What to validate on, in the same form (a built-in set alone: its ``monitor`` split). Shares are not used.
         test: What ``trainer.test`` takes, in the same form (a built-in set alone: its ``test`` split).
-        batch_size: Rows in a batch.
+        batch_size: Rows in a batch of one process.
         max_length: Longest row in tokens. A longer one is cut at the end, and counted in a warning; one whose prompt
             leaves no room for a response is left out, and counted in a warning.
         max_response_tokens: Train on only the first so many tokens of each response. A response that is cut has no
@@ -73,7 +79,7 @@ class InstructionDataModule(pl.LightningDataModule):
     Raises:
         TypeError: An argument is of another kind.
         ValueError: A number is below 1; at `setup`, what `read_sources` and `encode_examples` refuse, among it the
-            splits kept for evaluation; when a loader is made, more than one process.
+            splits kept for evaluation, or other rows in other processes.
 
     Example:
         >>> data = InstructionDataModule(
@@ -138,6 +144,8 @@ class InstructionDataModule(pl.LightningDataModule):
             if self._arguments[name] is not None and name not in self._rows:
                 self._sources[name] = read_sources(self._arguments[name], name)
                 self._rows[name] = [self._encode(source, train=name == "train") for source in self._sources[name]]
+        if self._processes()[0] > 1:
+            check_alike(self._fingerprint(), "train", "Give all processes the same files, settings and seed.")
 
     def _encode(self, source: Source, *, train: bool) -> list[TokenizedExample]:
         assert self.tokenizer is not None
@@ -158,7 +166,12 @@ class InstructionDataModule(pl.LightningDataModule):
         # Lightning loads a checkpoint's weights after this, so that a resumed fit sees the start model's replies too.
         model = find_language_model(self.trainer.lightning_module)
         return encode_own_replies(
-            source.examples, model, self.tokenizer, name=source.name, max_new_tokens=max_response_tokens
+            source.examples,
+            model,
+            self.tokenizer,
+            name=source.name,
+            max_new_tokens=max_response_tokens,
+            shared=self._processes()[0] > 1,
         )
 
     def train_dataloader(self) -> ResumableLoader:
@@ -166,13 +179,15 @@ class InstructionDataModule(pl.LightningDataModule):
 
         If any source says so, also ``retention``: bool [batch], and ``weight``: float32 [batch].
         """
-        self._check_one_process()
+        processes, process = self._processes()
         shares = [source.share for source in self._sources["train"] if source.share is not None]
         order = BatchOrder(
             [[len(row.input_ids) for row in rows] for rows in self._rows["train"]],
             self.batch_size,
             seed=self.seed,
             shares=shares or None,
+            processes=processes,
+            process=process,
         )
         return ResumableLoader(order, self._collator("train"), find_position=self._find_position)
 
@@ -199,9 +214,10 @@ class InstructionDataModule(pl.LightningDataModule):
             )
 
     def _evaluation_loader(self, name: str) -> EvaluationLoader:
-        self._check_one_process()
+        processes, process = self._processes()
         lengths = [len(row.input_ids) for rows in self._rows[name] for row in rows]
-        return EvaluationLoader(length_buckets(lengths, self.batch_size), self._collator(name))
+        buckets = length_buckets(lengths, self.batch_size * processes)
+        return EvaluationLoader([bucket[process::processes] for bucket in buckets], self._collator(name))
 
     def _collator(self, name: str) -> _Collator:
         assert self.tokenizer is not None
@@ -224,15 +240,13 @@ class InstructionDataModule(pl.LightningDataModule):
         epoch = 0 if overfits else trainer.current_epoch
         return Position(epoch, trainer.fit_loop.batch_idx + 1, int(trainer.num_training_batches))
 
-    def _check_one_process(self) -> None:
-        if self.trainer is not None and self.trainer.world_size > 1:
-            raise ValueError(
-                f"`Trainer(devices=…)` expected to be 1 with InstructionDataModule but there are "
-                f"{self.trainer.world_size} processes, and each would train on the same rows. Pass `devices=1`."
-            )
+    def _processes(self) -> tuple[int, int]:
+        """Return how many processes see different rows, and the number of this one; others share a model."""
+        found = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (1, 0) if found is None else (found["num_replicas"], found["rank"])
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.batch_size} {self.seed}".encode())
+        digest = hashlib.sha256(f"{self.batch_size * self._processes()[0]} {self.seed}".encode())
         for source, rows in zip(self._sources.get("train", ()), self._rows.get("train", ()), strict=True):
             digest.update(f"{source.share} {source.weight} {[len(row.input_ids) for row in rows]}".encode())
             digest.update(np.concatenate([row.input_ids for row in rows]).astype(np.int64).tobytes())
@@ -259,6 +273,9 @@ class _Collator:
         self._pad_token = pad_token
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        if not indices:
+            # A process may have no row left, but must take part in what the others' models do.
+            return self([0]) | {"filler": torch.tensor([True])}
         batch = pad_batch([self._rows[index] for index in indices], pad_token_id=self._pad_token)
         return batch | {name: values[list(indices)] for name, values in self._columns.items()}
 

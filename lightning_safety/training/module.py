@@ -198,7 +198,8 @@ class CausalLanguageModule(ResumableLanguageModule):
 
     def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric) -> None:
         predictions = predict_responses(self.language_model, batch)
-        metric.update(response_loss(predictions), weight=len(predictions.targets))
+        counted = 0 if "filler" in batch else len(predictions.targets)
+        metric.update(response_loss(predictions), weight=counted)
 
     def _log_evaluation(self, stage: str, metric: MeanMetric) -> None:
         loss = metric.compute()

@@ -28,14 +28,20 @@ class BatchOrder:
     many batches as all rows would fill. Each source is then walked through in its own endless shuffled order: no row
     comes a second time before every row of that source came once, across epochs too.
 
+    Several processes share out every batch: a step of theirs trains on the rows of one process whose batches are so
+    many times as large, each on rows of about the same lengths. A batch of fewer rows than processes is left out.
+
     Args:
         lengths: For each source, the length of each of its rows, in tokens.
-        batch_size: Rows in a batch.
+        batch_size: Rows in a batch of one process.
         seed: Another seed, another order.
         shares: For each source, its share of every batch; they sum to 1. None: all rows are alike.
+        processes: How many share out the batches.
+        process: The number of this one, from 0.
 
     Raises:
-        ValueError: There is no row, a source is empty, or `shares` does not fit the sources.
+        ValueError: There is no row, a source is empty, `shares` does not fit the sources, or there are fewer rows than
+            processes.
 
     Example:
         >>> order = BatchOrder([[7, 5], [6, 9, 8]], batch_size=2, shares=[0.5, 0.5])
@@ -52,8 +58,11 @@ class BatchOrder:
         *,
         seed: int = 0,
         shares: Sequence[float] | None = None,
+        processes: int = 1,
+        process: int = 0,
     ) -> None:
-        check_positive(batch_size, "batch_size")
+        batch_size = check_positive(batch_size, "batch_size") * processes
+        self._processes, self._process = processes, process
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"`seed` expected to be an integer of at least 0 but got {seed!r}.")
         if not lengths or not all(len(source) for source in lengths):
@@ -69,13 +78,17 @@ class BatchOrder:
                 raise ValueError(f"`shares` expected to hold a positive number for each source but got {shares!r}.")
             self._sizes = [len(source) for source in lengths]
             self._counts = _stratified_counts(shares, batch_size, -(-total // batch_size))
+        if not len(self):
+            raise ValueError(
+                f"`train` expected a row for each of {processes} processes but has {total}. Use fewer, or more rows."
+            )
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
-        return len(self._counts)
+        return int((self._counts.sum(axis=1) >= self._processes).sum())
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Return the batches of one epoch.
+        """Return this process's batches of one epoch.
 
         Args:
             epoch: From 0.
@@ -90,7 +103,8 @@ class BatchOrder:
             first += size
         # A fixed last word in each seed keeps the streams of sources and of batches apart.
         order = np.random.default_rng([self._seed, epoch, 0, 1]).permutation(len(batches))
-        return [batches[index] for index in order]
+        whole = [batches[index] for index in order if len(batches[index]) >= self._processes]
+        return [batch[self._process :: self._processes] for batch in whole]
 
     def _draw(self, source: int, epoch: int) -> NDArray[np.int64]:
         """Return the rows of `source` that `epoch` uses, in random order."""

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_safety.data import Example, TokenizedExample
 from lightning_safety.language import encode_example, generate_replies
 from lightning_safety.monitoring import KeywordRefusalJudge
 from lightning_safety.monitoring.judges.refusal import may_go_on_to_refuse
+from lightning_safety.processes import gather_shares, share_of
 from lightning_safety.training.encoding import encode_examples
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def encode_own_replies(
     *,
     name: str = "examples",
     max_new_tokens: int,
+    shared: bool = False,
 ) -> list[TokenizedExample]:
     """Generate the model's greedy reply to each prompt and tokenise the pairs, without an end of turn.
 
@@ -42,6 +44,8 @@ def encode_own_replies(
         tokenizer: Has a chat template.
         name: Where the examples come from, for messages.
         max_new_tokens: Length of the replies, in tokens. Whether a shorter one than 12 refuses is judged on 12.
+        shared: Whether the processes of the group share the prompts. Then every process must call this, and has them
+            all.
 
     Returns:
         The rows, in order, without those that are left out.
@@ -50,16 +54,21 @@ def encode_own_replies(
         ValueError: No row is left.
     """
     prompts = [example.prompt for example in examples]
-    replies = generate_replies(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=_BATCH_SIZE)
-    judged = replies
-    if max_new_tokens < _JUDGED_TOKENS:
-        judged = _long_enough_to_judge(prompts, replies, model, tokenizer)
+
+    def reply(asked: Sequence[str], length: int) -> list[str]:
+        share = share_of(asked) if shared else asked
+        if share:
+            share = generate_replies(model, tokenizer, share, max_new_tokens=length, batch_size=_BATCH_SIZE)
+        return gather_shares(share) if shared else list(share)
+
+    replies = reply(prompts, max_new_tokens)
+    judged = _long_enough_to_judge(prompts, replies, reply) if max_new_tokens < _JUDGED_TOKENS else replies
     verdicts = KeywordRefusalJudge().score(prompts, judged)
     rows = []
-    for example, reply, verdict in zip(examples, replies, verdicts, strict=True):
-        if reply and not verdict.refused:
+    for example, text, verdict in zip(examples, replies, verdicts, strict=True):
+        if text and not verdict.refused:
             # Most replies are cut: the model must not learn to stop there.
-            rows.append(encode_example(tokenizer, example.prompt, reply, end_turn=False))
+            rows.append(encode_example(tokenizer, example.prompt, text, end_turn=False))
         elif example.response:
             rows += encode_examples([example], tokenizer, name=name, max_response_tokens=max_new_tokens)
     if not rows:
@@ -77,16 +86,15 @@ def encode_own_replies(
 
 
 def _long_enough_to_judge(
-    prompts: Sequence[str], replies: list[str], model: nn.Module, tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[str], replies: list[str], reply: Callable[[Sequence[str], int], list[str]]
 ) -> list[str]:
     """Return the replies, but those that begin like refusals at a length that tells.
 
     "I'm" is no refusal to a judge, and learning it as the answer to what looks harmful teaches one.
     """
-    undecided = [place for place, reply in enumerate(replies) if may_go_on_to_refuse(reply)]
+    undecided = [place for place, text in enumerate(replies) if may_go_on_to_refuse(text)]
     if not undecided:
         return replies
     cut = [prompts[place] for place in undecided]
-    whole = generate_replies(model, tokenizer, cut, max_new_tokens=_JUDGED_TOKENS, batch_size=_BATCH_SIZE)
-    longer = dict(zip(undecided, whole, strict=True))
-    return [longer.get(place, reply) for place, reply in enumerate(replies)]
+    longer = dict(zip(undecided, reply(cut, _JUDGED_TOKENS), strict=True))
+    return [longer.get(place, text) for place, text in enumerate(replies)]

@@ -153,13 +153,6 @@ def test_bad_numbers(options: dict[str, int], message: str) -> None:
         InstructionDataModule(make_examples(3), **options)
 
 
-def test_more_than_one_process_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    data = make_ready(make_examples(3), tokenizer=tiny_tokenizer)
-    data.trainer = make_trainer(tmp_path, devices=2, strategy="ddp")
-    with pytest.raises(ValueError, match=r"`Trainer\(devices=…\)` expected to be 1 .* 2 processes"):
-        data.train_dataloader()
-
-
 def test_hyperparameters_are_plain_values_and_reach_the_checkpoint(tiny_tokenizer: Any, tmp_path: Path) -> None:
     data = InstructionDataModule(
         [{"source": make_examples(4), "share": 1.0}], tmp_path / "rows.jsonl", batch_size=2, tokenizer=tiny_tokenizer

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train and evaluate on the rows of one, each on its own, and go on with them."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_safety.data import Example
+from lightning_safety.processes import rank, world_size
+from lightning_safety.training import CausalLanguageModule, InstructionDataModule
+from lightning_safety.training.own_replies import encode_own_replies
+from tests.spawned import run_in_processes
+from tests.tiny import make_tiny_model, make_tiny_tokenizer
+
+ROWS = [
+    Example(f"Say the number {index}, and say it {'very ' * (index % 5)}loudly.", f"It is {index}.")
+    for index in range(16)
+]
+MIXTURE = [{"source": ROWS[:6], "share": 0.25}, {"source": ROWS[6:], "share": 0.75, "weight": 2.0}]
+HELD_OUT = ROWS[:5]
+
+
+class Seen(pl.Callback):
+    """Keeps the rows that were trained on, batch by batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[list[int]]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        self.batches.append([row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)])
+
+
+class Plain(CausalLanguageModule):
+    """Steps by plain gradient descent, so that sums in another order stay small differences."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def fit(
+    folder: Path, rows: Any, batch_size: int, *, steps: int = 8, ckpt_path: Path | None = None, devices: int = 1
+) -> dict[str, Any]:
+    """Fit, validate after every epoch, keep a checkpoint in the middle, and return what came of it."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    module = Plain(make_tiny_model(), tokenizer=make_tiny_tokenizer(), loss_average="example")
+    data = InstructionDataModule(rows, HELD_OUT, batch_size=batch_size, seed=3)
+    seen = Seen()
+    checkpoint = pl.callbacks.ModelCheckpoint(folder / "kept", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=[seen, checkpoint],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return {
+        "weights": {name: weight.detach().clone() for name, weight in module.model.named_parameters()},
+        "seen": seen.batches,
+        "loss": float(trainer.callback_metrics["val/loss"]),
+        "epochs": trainer.current_epoch,
+    }
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [ROWS, MIXTURE], ids=["plain", "mixture"])
+def test_two_processes_train_as_one_with_twice_the_batch(rows: Any, tmp_path: Path) -> None:
+    alone = fit(tmp_path / "alone", rows, 4)
+    (tmp_path / "together").mkdir()
+    first, second = run_in_processes(tmp_path / "together", partial(fit, tmp_path / "fit", rows, 2, devices=2))
+    assert first["epochs"] == alone["epochs"] == 2
+    for mine, others, both in zip(first["seen"], second["seen"], alone["seen"], strict=True):
+        assert len(mine) == len(others) == 2
+        assert sorted(mine + others) == sorted(both)
+    assert_close(first["weights"], second["weights"])
+    if rows is ROWS:
+        # With weights, each process's mean is by its own rows.
+        assert_close(first["weights"], alone["weights"])
+        assert first["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+    assert first["loss"] == second["loss"]
+
+
+def test_a_resumed_fit_goes_on_with_the_rows_that_were_left(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("whole", "resumed")]
+    for folder in folders:
+        folder.mkdir()
+    whole = run_in_processes(folders[0], partial(fit, tmp_path / "fit", ROWS, 2, devices=2))
+    (checkpoint,) = (tmp_path / "fit" / "kept").glob("step=6*.ckpt")
+    resumed = run_in_processes(folders[1], partial(fit, tmp_path / "again", ROWS, 2, devices=2, ckpt_path=checkpoint))
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["seen"] == before["seen"][6:]
+        assert all(torch.equal(weight, before["weights"][name]) for name, weight in after["weights"].items())
+    # And in one process, whose batches are as large as those of both.
+    alone = fit(tmp_path / "alone", ROWS, 4, ckpt_path=checkpoint)
+    for row, mine, others in zip(alone["seen"], whole[0]["seen"][6:], whole[1]["seen"][6:], strict=True):
+        assert sorted(row) == sorted(mine + others)
+
+
+def validate(count: int) -> tuple[float, int]:
+    warnings.simplefilter("ignore")
+    module = Plain(make_tiny_model(), tokenizer=make_tiny_tokenizer())
+    data = InstructionDataModule(ROWS, ROWS[:count], batch_size=2)
+    strategy = "ddp" if world_size() > 1 or rank() else "auto"
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=max(1, world_size()), strategy=strategy, logger=False, enable_progress_bar=False
+    )
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    return found["val/loss"], len(data.val_dataloader())
+
+
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_every_row_is_validated_on_once(count: int, tmp_path: Path) -> None:
+    expected, _ = validate(count)
+    found = run_in_processes(tmp_path, partial(validate, count))
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(expected, abs=1e-6)
+
+
+def other_rows() -> None:
+    warnings.simplefilter("ignore")
+    fit(Path("nowhere"), ROWS[rank() :], 2, devices=2)
+
+
+def test_other_rows_in_other_processes_are_refused(tmp_path: Path) -> None:
+    for error in run_in_processes(tmp_path, other_rows):
+        assert "`train` expected" in error
+        assert "Give all processes the same files" in error
+
+
+def reply() -> list[list[int]]:
+    rows = encode_own_replies(
+        ROWS[:5], make_tiny_model(), make_tiny_tokenizer(), max_new_tokens=3, shared=world_size() > 1
+    )
+    return [row.input_ids for row in rows]
+
+
+def test_replies_are_shared_out_and_all_have_them(tmp_path: Path) -> None:
+    found = run_in_processes(tmp_path, reply)
+    assert found[0] == found[1] == reply()
+
+
+def too_few() -> None:
+    fit(Path("nowhere"), ROWS[:1], 2, devices=2)
+
+
+def test_fewer_rows_than_processes_are_refused(tmp_path: Path) -> None:
+    for error in run_in_processes(tmp_path, too_few):
+        assert "`train` expected a row for each of 2 processes but has 1" in error
