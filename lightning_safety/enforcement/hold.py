@@ -125,6 +125,7 @@ class _HeldTensor:
     parameter: torch.nn.Parameter
     indices: Tensor
     values: Tensor
+    _zeroed: tuple[int, int, int] | None = None
 
     def watch_gradient(self) -> RemovableHandle:
         """Set held entries to zero whenever a gradient has been accumulated."""
@@ -132,16 +133,22 @@ class _HeldTensor:
         required = self.parameter.requires_grad
         self.parameter.requires_grad_(True)
         try:
-            return watch_gradient(self.parameter, self.zero_gradient)
+            return watch_gradient(self.parameter, self.zero_new_gradient)
         finally:
             self.parameter.requires_grad_(required)
 
+    def zero_new_gradient(self) -> None:
+        self._zeroed = None
+        self.zero_gradient()
+
     def zero_gradient(self) -> None:
         gradient = dense_gradient(self.name, self.parameter)
-        if gradient is not None:
+        # Mostly nothing has happened to it since: going through all entries again would take as long as the first time.
+        if gradient is not None and (self._zeroed is None or _state_of(gradient) != self._zeroed):
             self._follow_device()
             # By assignment: a product with a 0/1 mask would keep NaN and infinity.
             scatter_entries(gradient, self.indices, 0.0)
+            self._zeroed = _state_of(gradient)
 
     def restore(self) -> None:
         self._follow_device()
@@ -154,3 +161,8 @@ class _HeldTensor:
     def _follow_device(self) -> None:
         """Lightning moves the model to the CPU at the end of a fit; a user may move it in between."""
         self.indices, self.values = self.indices.to(self.parameter.device), self.values.to(self.parameter.device)
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Return which tensor this is and how often it was written to, less writes through ``.data``; None if sharded."""
+    return (id(tensor), tensor.data_ptr(), tensor._version) if type(tensor) is Tensor else None

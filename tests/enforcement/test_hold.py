@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_safety.enforcement import WeightHolder
+from lightning_safety.enforcement import WeightHolder, hold
+from lightning_safety.enforcement.entries import scatter_entries
 from lightning_safety.scoring.mask import SafetyMask
 from tests.enforcement.toys import Lion, bits, chosen, count_hooks, make_toy, toy_loss, toy_mask, train, weights_of
 
@@ -51,6 +52,43 @@ def test_gradients_of_held_weights_are_zero_before_clipping_even_where_not_finit
     model.middle.weight.grad = torch.full((8, 8), float("inf"))  # added by somebody else
     holder.mask_gradients()
     assert model.middle.weight.grad.flatten()[held].tolist() == [0.0, 0.0]
+
+
+def test_gradients_are_gone_through_again_only_where_something_happened_to_them(monkeypatch) -> None:
+    model, mask = make_toy(), toy_mask()
+    holder = WeightHolder(mask).attach(model, [])
+    written = []
+
+    def scatter(tensor: torch.Tensor, indices: torch.Tensor, values: torch.Tensor | float) -> None:
+        written.append(tensor.shape)
+        scatter_entries(tensor, indices, values)
+
+    monkeypatch.setattr(hold, "scatter_entries", scatter)
+    toy_loss(model, 0).backward()
+    selected = len(written)
+    assert selected == sum(indices.numel() > 0 for indices in mask.indices.values())
+    holder.mask_gradients()
+    assert len(written) == selected
+    held = chosen(mask, "middle.weight", 64)
+    weight = model.middle.weight
+    for change in (
+        lambda: weight.grad.add_(1.0),
+        lambda: setattr(weight, "grad", weight.grad + 1),
+        lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
+        lambda: setattr(weight, "grad", torch.full_like(weight, float("nan"))),
+    ):
+        change()
+        holder.mask_gradients()
+        assert weight.grad.flatten()[held].tolist() == [0.0, 0.0]
+        written.clear()
+        holder.mask_gradients()
+        assert written == []
+    # Accumulated into once more, and in the next step.
+    for clear in (False, True):
+        if clear:
+            model.zero_grad()
+        toy_loss(model, 0).backward()
+        assert weight.grad.flatten()[held].tolist() == [0.0, 0.0]
 
 
 def test_values_with_odd_bits_are_held_and_verified() -> None:
