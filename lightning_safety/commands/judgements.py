@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,8 @@ def evaluate(
     batch_size: int = 16,
     dtype: str = "float32",
     gguf_file: str | None = None,
+    tasks: list[str] | None = None,
+    tasks_folder: str | None = None,
     output: str | None = None,
     replies: str | None = None,
 ) -> None:
@@ -44,17 +47,22 @@ def evaluate(
         batch_size: Replies generated at a time.
         dtype: The type to load the weights in.
         gguf_file: The name of a GGUF file inside the folder or hub repository.
+        tasks: Benchmarks of the evaluation harness (`lm-eval`) to score as well, such as `gsm8k`, by hub id.
+        tasks_folder: A folder of tasks of your own, in the harness's YAML.
         output: A JSON file for the results.
         replies: A folder for the replies (readable by you alone; replies to harmful prompts may be harmful).
     """
     from lightning_safety.enforcement import SafetyPatch
     from lightning_safety.language import load_causal_lm, load_tokenizer
     from lightning_safety.monitoring import comparison_table, evaluate_safety
+    from lightning_safety.monitoring.harness import TaskScore, evaluate_tasks, task_table
+    from lightning_safety.monitoring.table import align
 
     changes = None if patch is None else SafetyPatch.load(patch)
     language_model = load_causal_lm(model, dtype=dtype, gguf_file=gguf_file)
     tokenizer = load_tokenizer(model, gguf_file=gguf_file)
     columns = {}
+    scores: dict[str, list[TaskScore]] = {}
     own_replies = None
     for name in ("before",) if changes is None else ("before", "after"):
         if name == "after" and changes is not None:
@@ -73,12 +81,21 @@ def evaluate(
             own_replies=own_replies,
         )
         own_replies = columns[name].own_replies if own_replies is None else own_replies
+        if tasks:
+            scores[name] = evaluate_tasks(
+                language_model, tokenizer, tasks, folder=tasks_folder, limit=limit, batch_size=batch_size
+            )
         if replies is not None:
             columns[name].write_replies(Path(replies) / f"replies_{name}.jsonl")
     print(comparison_table(columns))
+    if scores:
+        print("\n".join(["", *align(task_table(scores))]))
     if output is not None:
+        found = {name: column.to_dict() for name, column in columns.items()}
+        for name, of in scores.items():
+            found[name]["tasks"] = [asdict(score) for score in of]
         with replace_atomically(output) as temporary:
-            temporary.write_text(json.dumps({name: column.to_dict() for name, column in columns.items()}, indent=2))
+            temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
 def judge_agreement(
