@@ -15,6 +15,7 @@ from lightning_safety.callbacks.log import Entry, leaves_files
 from lightning_safety.callbacks.monitor import Check
 from lightning_safety.callbacks.prompt_monitor import PromptMonitor
 from lightning_safety.callbacks.replies import announce_reply_loggers, record_replies, send_replies
+from lightning_safety.callbacks.strategies import REPLICATED, SHARDED
 from lightning_safety.monitoring import Judge, JudgeFunction, PromptSource, as_judge, measure_harmfulness
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class HarmfulnessMonitor(PromptMonitor):
     kind and writes no file.
 
     Under DDP the processes share the prompts: each lets its model reply to some and its judges read them, and the rates
-    are over all replies, as in one process.
+    are over all replies, as in one process. Under FSDP2 (`ModelParallelStrategy`, with `fully_shard` of the language
+    model itself) all generate all replies and share out the judging.
 
     Args:
         every_n_steps: Check every so many optimizer steps. None: not by steps.
@@ -78,6 +80,8 @@ class HarmfulnessMonitor(PromptMonitor):
         ValueError: `split` expected to be for use during training but got 'test', which is kept for evaluation. \
 Use split="monitor", or pass `allow_test=True`.
     """
+
+    strategies = (*REPLICATED, SHARDED)
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytorch_lightning as pl
 
@@ -84,8 +84,9 @@ class SafetyMonitor(pl.Callback, ABC):
     is one point in every logger at its optimizer step, one line of ``safety.jsonl``, and ``trainer.callback_metrics``.
     A fit that was killed and resumed has the same points as one that was not.
 
-    Runs on a single device and under DDP. There every process looks, at the same steps; what the first one finds is
-    what all have in ``trainer.callback_metrics``, and it alone writes. An error in one process ends all of them.
+    Runs on a single device and under DDP, some under FSDP2 too. There every process looks, at the same steps; what the
+    first one finds is what all have in ``trainer.callback_metrics``, and it alone writes. An error in one process ends
+    all of them.
 
     Args:
         every_n_steps: Look every so many optimizer steps. None: not by steps.
@@ -93,6 +94,9 @@ class SafetyMonitor(pl.Callback, ABC):
         at_start: Whether to look before the first step.
         at_end: Whether to look after the last step.
     """
+
+    strategies: ClassVar[tuple[str, ...]] = REPLICATED
+    """Of several processes, those under which the monitor runs."""
 
     def __init__(self, every_n_steps: int | None, every_n_epochs: int | None, at_start: bool, at_end: bool) -> None:
         self.every_n_steps = None if every_n_steps is None else check_positive(every_n_steps, "every_n_steps")
@@ -153,7 +157,7 @@ class SafetyMonitor(pl.Callback, ABC):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse strategies that are not supported, and begin a run unless the trainer goes on with one."""
-        check_strategy(trainer, self, several=REPLICATED)
+        check_strategy(trainer, self, several=self.strategies)
         self._metrics = {}
         # A checkpoint's state is loaded after this.
         if stage == "fit" and trainer.global_step == 0:

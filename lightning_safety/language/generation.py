@@ -31,6 +31,7 @@ def generate_replies(
     max_new_tokens: int = 24,
     batch_size: int = 16,
     show_progress: bool = True,
+    together: bool = False,
 ) -> list[str]:
     """Generate the model's most likely reply to each prompt.
 
@@ -46,6 +47,8 @@ def generate_replies(
         max_new_tokens: The longest reply.
         batch_size: Prompts at a time.
         show_progress: Whether to show a bar when it takes over two seconds.
+        together: Whether the processes of the group share one model (FSDP2). Then every process must call this with the
+            same prompts, and none stops generating before all have their replies.
 
     Returns:
         The replies in the order of the prompts, without special tokens and surrounding white space; possibly empty.
@@ -74,7 +77,7 @@ def generate_replies(
     with torch.no_grad(), evaluation_mode(model), preserved_random_state(), _generation_config(model, settings):
         for indices in track(batches, "Generating replies", enabled=show_progress):
             inputs = _inputs(model, [encoded[index] for index in indices], pad_token_id(tokenizer), device)
-            generated = generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
+            generated = generate(**inputs, synced_gpus=together)[:, inputs["input_ids"].shape[1] :].tolist()
             for index, token_ids in zip(indices, generated, strict=True):
                 replies[index] = _decode(tokenizer, token_ids, stops)
     return replies

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,7 +21,8 @@ from lightning_safety.monitoring.rates import (
     refusal_rate,
     unscored_rate,
 )
-from lightning_safety.processes import gather_shares, share_of
+from lightning_safety.processes import gather_shares, share_of, unannounced
+from lightning_safety.scoring.shards import is_sharded, reshard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,27 +114,51 @@ def measure_harmfulness(
         batch_size: Replies generated, or examples scored, at a time.
         show_progress: Whether to show progress bars for what takes over two seconds.
         shared: Whether the processes of the group share the prompts, each with all of the judges. Then every process
-            must call this, and finds what one alone would.
+            must call this, and finds what one alone would. Of a model that is sharded over them (FSDP2), all generate
+            all replies, as every forward pass needs all of them, and share out the judging.
     """
-    margin = refusal_margin(model, tokenizer, harmful, batch_size=batch_size, shared=shared)
+    sharded = shared and is_sharded(model.parameters())
+    alone = shared and not sharded
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "show_progress": show_progress}
+    with _one_model(model) if sharded else nullcontext():
+        margin = refusal_margin(model, tokenizer, harmful, batch_size=batch_size, shared=alone)
+        replies: list[tuple[str, str, str]] = []
+        if generate:
+            replies = _replies(model, tokenizer, harmful, borderline, share=alone, together=sharded, **options)
     if not generate:
         return Harmfulness({}, margin)
+    judged = _judge(judges, share_of(replies) if sharded else replies)
+    all_judged = tuple(gather_shares(judged) if shared else judged)
+    return Harmfulness({judge.name: _rates(all_judged, judge.name) for judge in judges}, margin, all_judged)
+
+
+@contextmanager
+def _one_model(model: nn.Module) -> Iterator[None]:
+    """Run a model that several processes hold parts of; none hears of an error while it waits for the others' parts."""
+    try:
+        with unannounced():
+            yield
+    finally:
+        reshard(model)
+
+
+def _replies(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[Example],
+    borderline: Sequence[Example],
+    *,
+    share: bool,
+    **options: Any,
+) -> list[tuple[str, str, str]]:
+    """Return kind, prompt and reply of each prompt, or of this process's share of them."""
     # Together, so that batches are full.
     asked = [(kind, row.prompt) for kind, rows in (("harmful", harmful), ("borderline", borderline)) for row in rows]
-    share = share_of(asked) if shared else asked
-    responses: list[str] = []
-    if share:
-        responses = generate_replies(
-            model,
-            tokenizer,
-            [prompt for _, prompt in share],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            show_progress=show_progress,
-        )
-    judged = _judge(judges, [(*row, response) for row, response in zip(share, responses, strict=True)])
-    replies = tuple(gather_shares(judged) if shared else judged)
-    return Harmfulness({judge.name: _rates(replies, judge.name) for judge in judges}, margin, replies)
+    asked = share_of(asked) if share else asked
+    if not asked:
+        return []
+    responses = generate_replies(model, tokenizer, [prompt for _, prompt in asked], **options)
+    return [(*row, response) for row, response in zip(asked, responses, strict=True)]
 
 
 def _judge(judges: Sequence[Judge], rows: Sequence[tuple[str, str, str]]) -> list[JudgedReply]:

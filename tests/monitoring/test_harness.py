@@ -77,9 +77,7 @@ def test_the_right_answer_is_told_from_the_wrong_one(folder: Path, tiny_tokenize
 
 @pytest.mark.filterwarnings("ignore")
 def test_unknown_tasks_suggest_the_closest(folder: Path, tiny_tokenizer) -> None:
-    with pytest.raises(
-        ValueError, match=r"`tasks` expected .* got 'capitals_her'\. Did you mean `capitals_here`"
-    ):
+    with pytest.raises(ValueError, match=r"`tasks` expected .* got 'capitals_her'\. Did you mean `capitals_here`"):
         evaluate_tasks(make_tiny_model(), tiny_tokenizer, ["capitals_her"], folder=folder)
 
 

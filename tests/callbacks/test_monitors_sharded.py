@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that two processes hold parts of (FSDP2) is watched as one that one process holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_safety.callbacks import ActivationOverlapMonitor, SafetyPreservingAdaptation
+from lightning_safety.processes import rank, world_size
+from tests.callbacks.processes import PROCESSES, Sharded
+from tests.callbacks.shared_fits import HARMFUL, BrokenInOne, harmfulness, metrics_of
+from tests.callbacks.toys import OwnModule, make_batches, make_loader, make_smallest_model, quiet
+from tests.spawned import run_in_processes
+from tests.tiny import make_tiny_tokenizer
+
+STEPS = 4
+
+
+def sgd(weights: Any) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(weights, lr=0.05, momentum=0.9)]
+
+
+def fit(folder: Path, callbacks: Sequence[pl.Callback]) -> dict[str, Any]:
+    """Fit alone, or as one of two processes that share the model; the rows of a step are the same."""
+    torch.manual_seed(7)
+    model = make_smallest_model(vocab_size=512, max_position_embeddings=256, tie_word_embeddings=False)
+    alone = world_size() == 1
+    module = (OwnModule if alone else Sharded)(model, sgd, tokenizer=make_tiny_tokenizer())
+    rows = make_batches(STEPS * PROCESSES, vocabulary=512)
+    settings: dict[str, Any] = {"default_root_dir": folder}
+    batches = [torch.cat(rows[at : at + PROCESSES]) for at in range(0, len(rows), PROCESSES)]
+    if not alone:
+        strategy = ModelParallelStrategy(data_parallel_size=PROCESSES, tensor_parallel_size=1)
+        settings |= {"devices": PROCESSES, "strategy": strategy, "use_distributed_sampler": False}
+        batches = rows[rank() :: PROCESSES]
+    trainer = pl.Trainer(**quiet(callbacks, **settings))
+    trainer.fit(module, make_loader(batches))
+    weights = {name: weight.detach() for name, weight in module.model.named_parameters()}
+    whole = {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in weights.items()}
+    return {
+        "metrics": metrics_of(trainer),
+        "weights": {name: weight.clone() for name, weight in whole.items()},
+        "sharded": any(isinstance(part, FSDPModule) for part in module.model.modules()),
+    }
+
+
+def outcome(folder: Path, *callbacks: pl.Callback) -> Any:
+    try:
+        return fit(folder, callbacks)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def work(folder: Path) -> dict[str, Any]:
+    holding = [SafetyPreservingAdaptation(0.1, method="random"), harmfulness(every_n_steps=1)]
+    return {
+        "watched": outcome(folder / "watched", harmfulness()),
+        "without": outcome(folder / "without"),
+        "held": outcome(folder / "held", *holding),
+        "fewer": outcome(folder / "fewer", harmfulness(harmful=HARMFUL[:1], borderline=HARMFUL[:1], max_new_tokens=1)),
+        "margin": outcome(folder / "margin", harmfulness(generate=False)),
+        "broken judge": outcome(folder / "judge", harmfulness(judges=BrokenInOne())),
+        "not supported": outcome(folder / "activations", ActivationOverlapMonitor()),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    found = run_in_processes(folder, partial(work, folder))
+    for one in found:
+        assert isinstance(one, dict), one
+    return found
+
+
+def assert_alike(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if "_rate" in name:
+            assert found[name] == value or (value != value and found[name] != found[name]), name
+        elif "seconds" not in name:
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_rates_and_margin_are_those_of_one_process(both: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    expected = fit(tmp_path, [harmfulness()])
+    assert not expected["sharded"]
+    for found in both:
+        assert found["watched"]["sharded"]
+        assert_alike(found["watched"]["metrics"], expected["metrics"])
+    (mine,) = tmp_path.rglob("safety.jsonl")
+    (theirs,) = (folder / "watched").rglob("safety.jsonl")
+    lines = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (mine, theirs)]
+    assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]] == [0, 2, 4]
+    for one, other in zip(*lines, strict=True):
+        assert one["rates"] == other["rates"]
+    replies = [
+        [json.loads(line).get("response") for line in next(path.rglob("safety_replies.jsonl")).open(encoding="utf-8")]
+        for path in (tmp_path, folder / "watched")
+    ]
+    assert replies[0] == replies[1]
+
+
+def test_fewer_prompts_than_processes_and_no_replies_at_all(both: list[dict[str, Any]], tmp_path: Path) -> None:
+    few = fit(tmp_path / "few", [harmfulness(harmful=HARMFUL[:1], borderline=HARMFUL[:1], max_new_tokens=1)])
+    margin = fit(tmp_path / "margin", [harmfulness(generate=False)])
+    for found in both:
+        assert_alike(found["fewer"]["metrics"], few["metrics"])
+        assert_alike(found["margin"]["metrics"], margin["metrics"])
+
+
+def test_watching_changes_no_bit_and_holding_goes_on(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        for name, weight in found["without"]["weights"].items():
+            assert torch.equal(found["watched"]["weights"][name], weight)
+        assert isinstance(found["held"], dict), found["held"]
+        assert "safety/attack_success_rate" in found["held"]["metrics"]
+
+
+def test_a_judge_that_fails_in_one_process_ends_both(both: list[dict[str, Any]]) -> None:
+    first, second = (found["broken judge"] for found in both)
+    assert "TypeError" in second or "ValueError" in second
+    assert "failed" in first or "Error" in first
+
+
+def test_a_monitor_that_reads_hidden_states_is_refused(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert "`strategy` expected to run on a single device but got ModelParallelStrategy" in found["not supported"]
