@@ -93,7 +93,13 @@ def export_checkpoint(
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        hint = " It is a folder: make one file of a sharded checkpoint first." if path.is_dir() else ""
+        # Not done here: reading such a folder runs pickled code.
+        hint = (
+            " It is a folder. If it is a sharded checkpoint of your own, make one file of it with `python -m"
+            f" torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE`, and export that with `base`."
+            if path.is_dir()
+            else ""
+        )
         raise FileNotFoundError(f"`checkpoint` expected to be a file but there is none at {str(path)!r}.{hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

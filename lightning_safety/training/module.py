@@ -18,6 +18,7 @@ from lightning_safety.training.adapters import add_lora, check_lora
 from lightning_safety.training.loss import predict_responses, response_loss, retention_divergence
 from lightning_safety.training.resumable import ResumableLanguageModule
 from lightning_safety.training.schedule import SCHEDULES, make_schedule
+from lightning_safety.training.sharding import shard_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +32,8 @@ class CausalLanguageModule(ResumableLanguageModule):
 
     Logs ``train/loss``, ``val/loss``, ``val/perplexity`` and, with a retention term, ``train/retention``. Validation
     numbers are means over all response tokens, whatever the batches. Its checkpoints hold configuration and
-    tokenizer too, so that ``lightning-safety export`` needs nothing else.
+    tokenizer too, so that ``lightning-safety export`` needs nothing else. Under `ModelParallelStrategy` (data
+    parallelism alone) its weights are spread over the processes, in `dtype`; every process loads them whole first.
 
     Args:
         source: A hub id, a folder, a GGUF file, a name that `load_causal_lm` knows, or a loaded model (then with
@@ -133,6 +135,11 @@ class CausalLanguageModule(ResumableLanguageModule):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Models are loaded in evaluation mode, and Lightning trains what it finds.
         self.model.train()
+
+    def configure_model(self) -> None:
+        """Spread the weights over the processes of `ModelParallelStrategy` (FSDP2), layer by layer."""
+        if self.device_mesh is not None:
+            shard_model(self.model, self.device_mesh, hyperparameters=self.hparams)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits [batch, length, vocabulary]."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,17 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.tensor import DTensor
 
+from lightning_safety.callbacks import HarmfulnessMonitor, SafetyPreservingAdaptation
 from lightning_safety.data import Example
+from lightning_safety.language import load_causal_lm
 from lightning_safety.processes import rank, world_size
 from lightning_safety.training import CausalLanguageModule, InstructionDataModule
+from lightning_safety.training.export import export_checkpoint
 from lightning_safety.training.own_replies import encode_own_replies
 from tests.spawned import run_in_processes
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
@@ -47,29 +54,45 @@ class Plain(CausalLanguageModule):
 
 
 def fit(
-    folder: Path, rows: Any, batch_size: int, *, steps: int = 8, ckpt_path: Path | None = None, devices: int = 1
+    folder: Path,
+    rows: Any,
+    batch_size: int,
+    *,
+    steps: int = 8,
+    ckpt_path: Path | None = None,
+    devices: int = 1,
+    strategy: str = "ddp",
+    callbacks: Callable[[], list[pl.Callback]] = list,
+    **options: Any,
 ) -> dict[str, Any]:
     """Fit, validate after every epoch, keep a checkpoint in the middle, and return what came of it."""
+    chosen: Any = strategy if devices > 1 else "auto"
+    if chosen == "fsdp2":
+        chosen = ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    module = Plain(make_tiny_model(), tokenizer=make_tiny_tokenizer(), loss_average="example")
+    module = Plain(make_tiny_model(), tokenizer=make_tiny_tokenizer(), loss_average="example", **options)
     data = InstructionDataModule(rows, HELD_OUT, batch_size=batch_size, seed=3)
     seen = Seen()
     checkpoint = pl.callbacks.ModelCheckpoint(folder / "kept", every_n_train_steps=3, save_top_k=-1, filename="{step}")
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=chosen,
         max_steps=steps,
         max_epochs=-1,
-        callbacks=[seen, checkpoint],
+        callbacks=[*callbacks(), seen, checkpoint],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return {
-        "weights": {name: weight.detach().clone() for name, weight in module.model.named_parameters()},
+        "weights": {
+            name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
+            for name, weight in module.model.named_parameters()
+        },
+        "sharded": any(isinstance(weight, DTensor) for weight in module.model.parameters()),
         "seen": seen.batches,
         "loss": float(trainer.callback_metrics["val/loss"]),
         "epochs": trainer.current_epoch,
@@ -112,6 +135,44 @@ def test_a_resumed_fit_goes_on_with_the_rows_that_were_left(tmp_path: Path) -> N
     alone = fit(tmp_path / "alone", ROWS, 4, ckpt_path=checkpoint)
     for row, mine, others in zip(alone["seen"], whole[0]["seen"][6:], whole[1]["seen"][6:], strict=True):
         assert sorted(row) == sorted(mine + others)
+
+
+def held() -> list[pl.Callback]:
+    return [SafetyPreservingAdaptation(0.1, method="random"), HarmfulnessMonitor(2, prompts=3, max_new_tokens=2)]
+
+
+def test_a_model_spread_over_two_processes_trains_as_whole(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("whole", "resumed")]
+    for folder in folders:
+        folder.mkdir()
+    shared: dict[str, Any] = {"devices": 2, "strategy": "fsdp2", "callbacks": held}
+    alone = fit(tmp_path / "alone", ROWS, 4, callbacks=held)
+    first, second = run_in_processes(folders[0], partial(fit, tmp_path / "fit", ROWS, 2, **shared))
+    assert first["sharded"]
+    assert not alone["sharded"]
+    assert_close(first["weights"], alone["weights"])
+    assert first["loss"] == second["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    checkpoint = tmp_path / "fit" / "kept" / "step=6.ckpt"
+    resumed = run_in_processes(folders[1], partial(fit, tmp_path / "again", ROWS, 2, ckpt_path=checkpoint, **shared))
+    for before, after in zip((first, second), resumed, strict=True):
+        assert after["seen"] == before["seen"][6:]
+        assert all(torch.equal(weight, before["weights"][name]) for name, weight in after["weights"].items())
+    # As the error of `export` says.
+    with pytest.raises(FileNotFoundError, match=r"format_utils dcp_to_torch .*step=6\.ckpt FILE"):
+        export_checkpoint(checkpoint, tmp_path / "exported")
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.ckpt")
+    make_tiny_model().save_pretrained(tmp_path / "base")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "base")
+    folder = export_checkpoint(tmp_path / "whole.ckpt", tmp_path / "exported", base=tmp_path / "base")
+    sixth = fit(tmp_path / "sixth", ROWS, 4, steps=6, callbacks=held)
+    assert_close(dict(load_causal_lm(folder, dtype="float32").named_parameters()), sixth["weights"])
+
+
+@pytest.mark.parametrize("options", [{"lora": {}}, {"retention_weight": 0.5}], ids=["lora", "retention"])
+def test_what_is_not_spread_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    work = partial(fit, tmp_path / "fit", ROWS, 2, devices=2, strategy="fsdp2", **options)
+    for error in run_in_processes(tmp_path, work):
+        assert "expected a strategy that leaves the model whole but got ModelParallelStrategy" in error
 
 
 def validate(count: int) -> tuple[float, int]:
