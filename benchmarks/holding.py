@@ -9,8 +9,8 @@ over all layers. "Dense masks" is what people write themselves: a boolean mask f
 gradient, and a full copy of the weights, from which the held ones are copied back.
 
 A whole step varies by more than holding adds to it. So the optimizer's part is timed alone in many rounds, and so are
-masking and restoring: gradients masked twice, as in a fit (by hooks in the backward pass, and before the step, as other
-callbacks may add to them; dense masks: once), and values restored after it.
+masking and restoring: gradients masked as in a fit (by hooks in the backward pass, and before the step where something
+has changed them since; dense masks: once), and values restored after it.
 
 `--quick` takes a tiny model and few rounds to show that the script works; its numbers mean nothing.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from side_by_side import parse_arguments, print_table, print_times, summary, take_turns, write_json
+from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 from training_step import (
     BATCH,
@@ -87,6 +88,8 @@ class Trainings:
 
         def held(holder: WeightHolder) -> Callable[[], None]:
             def run() -> None:
+                # What a backward pass does to gradients that are there: something new is in them.
+                increment_version([p.grad for p in self.model.parameters() if p.grad is not None])
                 holder.mask_gradients()
                 holder.mask_gradients()
                 holder.restore()
