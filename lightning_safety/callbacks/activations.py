@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_safety.arguments import check_fraction
 from lightning_safety.callbacks.monitor import Check
 from lightning_safety.callbacks.prompt_monitor import PromptMonitor
+from lightning_safety.callbacks.strategies import REPLICATED, SHARDED
 from lightning_safety.drawing import check_matplotlib, has_matplotlib
 from lightning_safety.monitoring import (
     PromptSource,
@@ -99,6 +100,8 @@ class ActivationOverlapMonitor(PromptMonitor):
         ValueError: `layers` expected to be two shares of the depth, the lower first, in [0, 1] but got (0.9, 0.65). \
 For the paper's choice, pass `layers=(0.65, 0.90)`.
     """
+
+    strategies = (*REPLICATED, SHARDED)
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lightning_safety.language.prefix import compute_shared_prefix
 from lightning_safety.processes import gather_shares, share_of
 from lightning_safety.progress import track
 from lightning_safety.randomness import preserved_random_state
+from lightning_safety.scoring.shards import is_sharded, passes_of_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +54,7 @@ def last_token_activations(
         batch_size: Prompts at a time; it changes nothing but rounding.
         show_progress: Whether to show a bar when it takes over two seconds.
         shared: Whether the processes of the group share the prompts. Then every process must call this, and has them
-            all.
+            all. Of a model that is sharded over them (FSDP2), each runs all prompts.
 
     Returns:
         By layer number, float32 [prompts, hidden] on the CPU.
@@ -70,11 +72,14 @@ def last_token_activations(
     numbers = layer_numbers(layers, _count_hidden_states(model))
     rows = [TokenizedExample(token_ids, token_ids) for token_ids in (encode_prompt(tokenizer, p) for p in prompts)]
     device = next(model.parameters()).device
+    sharded = shared and is_sharded(model.parameters())
+    shared = shared and not sharded
     share = share_of(range(len(rows))) if shared else list(range(len(rows)))
     buckets = length_buckets([len(rows[index].input_ids) for index in share], batch_size)
     batches = [[share[place] for place in bucket] for bucket in buckets]
     by_prompt: dict[int, dict[int, Tensor]] = {}
-    with torch.no_grad(), evaluation_mode(model), preserved_random_state():
+    together = passes_of_all(model) if sharded else nullcontext()
+    with together, torch.no_grad(), evaluation_mode(model), preserved_random_state():
         for indices in track(batches, "activations", enabled=show_progress):
             batch = pad_batch([rows[index] for index in indices], pad_token_id=pad_token_id(tokenizer))
             states = last_token_states(
@@ -175,7 +180,8 @@ def _body(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model without its vocabulary projection, and what else it takes; itself where it has no such part."""
     body = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
     more: dict[str, Any] = {}
-    if not isinstance(body, nn.Module):
+    # Parts of a sharded model are gathered by the passes of the whole.
+    if not isinstance(body, nn.Module) or is_sharded(model.parameters()):
         body = model
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             more["logits_to_keep"] = 1

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ from lightning_safety.monitoring.rates import (
     refusal_rate,
     unscored_rate,
 )
-from lightning_safety.processes import gather_shares, share_of, unannounced
-from lightning_safety.scoring.shards import is_sharded, reshard
+from lightning_safety.processes import gather_shares, share_of
+from lightning_safety.scoring.shards import is_sharded, passes_of_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +120,7 @@ def measure_harmfulness(
     sharded = shared and is_sharded(model.parameters())
     alone = shared and not sharded
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "show_progress": show_progress}
-    with _one_model(model) if sharded else nullcontext():
+    with passes_of_all(model) if sharded else nullcontext():
         margin = refusal_margin(model, tokenizer, harmful, batch_size=batch_size, shared=alone)
         replies: list[tuple[str, str, str]] = []
         if generate:
@@ -130,16 +130,6 @@ def measure_harmfulness(
     judged = _judge(judges, share_of(replies) if sharded else replies)
     all_judged = tuple(gather_shares(judged) if shared else judged)
     return Harmfulness({judge.name: _rates(all_judged, judge.name) for judge in judges}, margin, all_judged)
-
-
-@contextmanager
-def _one_model(model: nn.Module) -> Iterator[None]:
-    """Run a model that several processes hold parts of; none hears of an error while it waits for the others' parts."""
-    try:
-        with unannounced():
-            yield
-    finally:
-        reshard(model)
 
 
 def _replies(

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from lightning_safety.processes import rank, world_size
+from lightning_safety.processes import rank, unannounced, world_size
 
 
 class ShardedScores(Mapping[str, Tensor]):
@@ -108,6 +109,19 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def passes_of_all(model: nn.Module) -> Iterator[None]:
+    """Run a sharded model forward in all processes, as often in each, and let go of what that gathered.
+
+    Inside of `together`, none hears of another's error: they may be waiting for its parts, and end when it does.
+    """
+    try:
+        with unannounced():
+            yield
+    finally:
+        reshard(model)
 
 
 def is_sharded(weights: Iterable[Tensor]) -> bool:

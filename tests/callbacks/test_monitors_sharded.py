@@ -15,10 +15,10 @@ import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_safety.callbacks import ActivationOverlapMonitor, SafetyPreservingAdaptation
+from lightning_safety.callbacks import SafetyPreservingAdaptation, SubspaceOverlapMonitor
 from lightning_safety.processes import rank, world_size
 from tests.callbacks.processes import PROCESSES, Sharded
-from tests.callbacks.shared_fits import HARMFUL, BrokenInOne, harmfulness, metrics_of
+from tests.callbacks.shared_fits import HARMFUL, BrokenInOne, activations, harmfulness, metrics_of
 from tests.callbacks.toys import OwnModule, make_batches, make_loader, make_smallest_model, quiet
 from tests.spawned import run_in_processes
 from tests.tiny import make_tiny_tokenizer
@@ -64,13 +64,13 @@ def outcome(folder: Path, *callbacks: pl.Callback) -> Any:
 def work(folder: Path) -> dict[str, Any]:
     holding = [SafetyPreservingAdaptation(0.1, method="random"), harmfulness(every_n_steps=1)]
     return {
-        "watched": outcome(folder / "watched", harmfulness()),
+        "watched": outcome(folder / "watched", harmfulness(), activations(layers=[0, 1])),
         "without": outcome(folder / "without"),
         "held": outcome(folder / "held", *holding),
         "fewer": outcome(folder / "fewer", harmfulness(harmful=HARMFUL[:1], borderline=HARMFUL[:1], max_new_tokens=1)),
         "margin": outcome(folder / "margin", harmfulness(generate=False)),
         "broken judge": outcome(folder / "judge", harmfulness(judges=BrokenInOne())),
-        "not supported": outcome(folder / "activations", ActivationOverlapMonitor()),
+        "not supported": outcome(folder / "subspaces", SubspaceOverlapMonitor()),
     }
 
 
@@ -97,7 +97,8 @@ def assert_alike(found: dict[str, float], expected: dict[str, float]) -> None:
 
 
 def test_rates_and_margin_are_those_of_one_process(both: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    expected = fit(tmp_path, [harmfulness()])
+    expected = fit(tmp_path, [harmfulness(), activations(layers=[0, 1])])
+    assert "safety/activation_overlap" in expected["metrics"]
     assert not expected["sharded"]
     for found in both:
         assert found["watched"]["sharded"]
@@ -105,9 +106,9 @@ def test_rates_and_margin_are_those_of_one_process(both: list[dict[str, Any]], f
     (mine,) = tmp_path.rglob("safety.jsonl")
     (theirs,) = (folder / "watched").rglob("safety.jsonl")
     lines = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (mine, theirs)]
-    assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]] == [0, 2, 4]
+    assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]] == [0, 0, 2, 2, 4, 4]
     for one, other in zip(*lines, strict=True):
-        assert one["rates"] == other["rates"]
+        assert one.get("rates") == other.get("rates")
     replies = [
         [json.loads(line).get("response") for line in next(path.rglob("safety_replies.jsonl")).open(encoding="utf-8")]
         for path in (tmp_path, folder / "watched")
@@ -137,6 +138,6 @@ def test_a_judge_that_fails_in_one_process_ends_both(both: list[dict[str, Any]])
     assert "failed" in first or "Error" in first
 
 
-def test_a_monitor_that_reads_hidden_states_is_refused(both: list[dict[str, Any]]) -> None:
+def test_a_monitor_that_compares_weights_is_refused(both: list[dict[str, Any]]) -> None:
     for found in both:
         assert "`strategy` expected to run on a single device but got ModelParallelStrategy" in found["not supported"]
