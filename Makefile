@@ -47,7 +47,7 @@ studies: runs/safe  ## Every experiment of both papers, beside controls; many ho
 studies-smoke: $(VENV)/.dev  ## The same on a tiny random model: everything works, its numbers mean nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/studies
 
-runs/safe: $(VENV)/.dev  ## The model that the quickstart makes safe
+runs/safe: | $(VENV)/.dev  ## The model that the quickstart makes safe
 	test -f runs/studies/patch.safetensors || $(BIN)/lightning-safety recipes run quickstart --output runs/studies
 	$(BIN)/lightning-safety patch apply smollm2-135m-instruct runs/studies/patch.safetensors -o runs/safe
 

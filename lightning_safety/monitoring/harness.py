@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_BOOTSTRAP = 1000
+
+
 @dataclass(frozen=True)
 class TaskScore:
     """What the harness says of one metric of one task.
@@ -55,7 +58,7 @@ def evaluate_tasks(
     Args:
         model: A causal language model. It is left as it was found.
         tokenizer: Its tokenizer.
-        tasks: Names that the harness knows, such as ``gsm8k``.
+        tasks: Names of tasks or groups that the harness knows, such as ``gsm8k`` or ``mmlu``.
         folder: A folder of tasks of your own, in the harness's YAML.
         limit: At most so many examples of each task.
         batch_size: Examples at a time.
@@ -77,11 +80,12 @@ def evaluate_tasks(
             " `pip install 'lightning-safety[tasks]'`."
         ) from error
     manager = _task_manager(None if folder is None else os.fspath(folder))
+    known = [*manager.all_subtasks, *manager.all_groups]
     for task in tasks:
-        if task not in manager.all_tasks:
+        if task not in known:
             raise ValueError(
                 f"`tasks` expected names that the evaluation harness knows but got {task!r}."
-                f" {closest(task, manager.all_tasks)} For one of your own, pass the folder of its YAML file."
+                f" {closest(task, known)} For one of your own, pass the folder of its YAML file."
             )
     language_model: Any = find_language_model(model)
     with torch.no_grad(), evaluation_mode(language_model), preserved_random_state():
@@ -92,7 +96,8 @@ def evaluate_tasks(
             task_manager=manager,
             apply_chat_template=apply_chat_template,
             log_samples=False,
-            bootstrap_iters=0,
+            # Of means the harness has a formula; of other metrics it draws samples.
+            bootstrap_iters=_BOOTSTRAP,
         )
     return [score for task in tasks for score in _scores(task, found)]
 
@@ -107,7 +112,7 @@ def _task_manager(folder: str | None) -> Any:
 
 def _scores(task: str, found: Any) -> list[TaskScore]:
     results, scores = found["results"][task], []
-    examples = found["n-samples"][task]["effective"]
+    examples = _examples(task, found)
     for metric, value in results.items():
         name, _, chosen = metric.partition(",")
         if not isinstance(value, int | float) or name.endswith("_stderr") or not chosen:
@@ -116,6 +121,13 @@ def _scores(task: str, found: Any) -> list[TaskScore]:
         error = finite_or_none(float(error)) if isinstance(error, int | float) else None
         scores.append(TaskScore(task, metric, float(value), error, examples))
     return scores
+
+
+def _examples(task: str, found: Any) -> int:
+    """Return how many examples a task has, or all tasks of a group."""
+    if task in found["n-samples"]:
+        return int(found["n-samples"][task]["effective"])
+    return sum(_examples(part, found) for part in found["group_subtasks"][task])
 
 
 def task_table(columns: dict[str, list[TaskScore]]) -> list[list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example, TokenizedExample, length_buckets, pad_batch
 from lightning_safety.language import find_language_model, find_tokenizer, pad_token_id
-from lightning_safety.processes import check_alike
+from lightning_safety.processes import check_alike, together
 from lightning_safety.training.counters import correct_in_epoch
 from lightning_safety.training.encoding import encode_examples
 from lightning_safety.training.loader import EvaluationLoader, Position, ResumableLoader
@@ -43,9 +43,9 @@ class InstructionDataModule(pl.LightningDataModule):
     resumed fit continues follows from the trainer's own counters: it sees the batches it would have seen.
 
     Several processes (DDP, FSDP2) share out the rows: a step of theirs trains on those of one process with a
-    `batch_size` so many times as large, and a fit goes on with other numbers of both whose product is the same. When
-    evaluating, a process without a row left gets one that is marked by ``filler``, which `CausalLanguageModule` leaves
-    out.
+    `batch_size` so many times as large, and a fit goes on with other numbers of both whose product is the same. A batch
+    of fewer rows than processes is left out. When evaluating, a process without a row left gets one that is marked by
+    ``filler``, which `CausalLanguageModule` leaves out.
 
     Args:
         train: What to train on: the name of a built-in set (then its ``train`` split), a ``.jsonl``, ``.json`` or
@@ -137,6 +137,10 @@ class InstructionDataModule(pl.LightningDataModule):
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or None for all.
         """
+        with together("Reading the rows of InstructionDataModule"):
+            self._read(stage)
+
+    def _read(self, stage: str | None) -> None:
         if self.tokenizer is None:
             module = None if self.trainer is None else self.trainer.lightning_module
             self.tokenizer = find_tokenizer(self._tokenizer_argument, module=module)
@@ -144,8 +148,8 @@ class InstructionDataModule(pl.LightningDataModule):
             if self._arguments[name] is not None and name not in self._rows:
                 self._sources[name] = read_sources(self._arguments[name], name)
                 self._rows[name] = [self._encode(source, train=name == "train") for source in self._sources[name]]
-        if self._processes()[0] > 1:
-            check_alike(self._fingerprint(), "train", "Give all processes the same files, settings and seed.")
+            if self._processes()[0] > 1 and name in self._rows:
+                check_alike(self._fingerprint(name), name, "Give all processes the same files, settings and seed.")
 
     def _encode(self, source: Source, *, train: bool) -> list[TokenizedExample]:
         assert self.tokenizer is not None
@@ -179,9 +183,12 @@ class InstructionDataModule(pl.LightningDataModule):
 
         If any source says so, also ``retention``: bool [batch], and ``weight``: float32 [batch].
         """
+        return ResumableLoader(self._order(), self._collator("train"), find_position=self._find_position)
+
+    def _order(self) -> BatchOrder:
         processes, process = self._processes()
         shares = [source.share for source in self._sources["train"] if source.share is not None]
-        order = BatchOrder(
+        return BatchOrder(
             [[len(row.input_ids) for row in rows] for rows in self._rows["train"]],
             self.batch_size,
             seed=self.seed,
@@ -189,7 +196,6 @@ class InstructionDataModule(pl.LightningDataModule):
             processes=processes,
             process=process,
         )
-        return ResumableLoader(order, self._collator("train"), find_position=self._find_position)
 
     def val_dataloader(self) -> EvaluationLoader:
         """Return the loader of validation batches."""
@@ -201,15 +207,15 @@ class InstructionDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return a fingerprint of what is trained on, to notice that it changed."""
-        return {"train": self._fingerprint()}
+        return {"train": self._fingerprint("train")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Warn if the checkpoint was made with other rows, another batch size or another seed."""
-        if "train" in self._rows and state.get("train") != self._fingerprint():
+        if "train" in self._rows and state.get("train") != self._fingerprint("train"):
             warnings.warn(
-                "The training data differ from those of the checkpoint (rows, tokenizer, lengths, batch size or seed): "
-                "the epoch continues after as many batches, but of another order. For the same batches as without the "
-                "interruption, resume with the same data settings.",
+                "The training data differ from those of the checkpoint (rows, tokenizer, lengths, batch size, seed, or "
+                "batches of an epoch): the epoch continues after as many batches, but of another order. For the same "
+                "batches as without the interruption, resume with the same data settings.",
                 stacklevel=2,
             )
 
@@ -245,9 +251,10 @@ class InstructionDataModule(pl.LightningDataModule):
         found = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (1, 0) if found is None else (found["num_replicas"], found["rank"])
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.batch_size * self._processes()[0]} {self.seed}".encode())
-        for source, rows in zip(self._sources.get("train", ()), self._rows.get("train", ()), strict=True):
+    def _fingerprint(self, name: str) -> str:
+        batches = len(self._order()) if name == "train" and "train" in self._rows else 0
+        digest = hashlib.sha256(f"{self.batch_size * self._processes()[0]} {self.seed} {batches}".encode())
+        for source, rows in zip(self._sources.get(name, ()), self._rows.get(name, ()), strict=True):
             digest.update(f"{source.share} {source.weight} {[len(row.input_ids) for row in rows]}".encode())
             digest.update(np.concatenate([row.input_ids for row in rows]).astype(np.int64).tobytes())
         return digest.hexdigest()

@@ -42,38 +42,53 @@ def predict_responses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Re
     return ResponsePredictions(logits.float().log_softmax(dim=-1), targets, learned.sum(dim=1))
 
 
-def response_loss(predictions: ResponsePredictions, average: str = "token", weights: Tensor | None = None) -> Tensor:
-    """Return the negative log-likelihood in nats per token, a float32 scalar.
+class Mean(NamedTuple):
+    """A mean that is not taken yet, so that it can be over the batches of several processes.
+
+    Attributes:
+        total: The sum, a differentiable float32 scalar.
+        divisor: What it is divided by, a float32 scalar; 0 where there is nothing.
+    """
+
+    total: Tensor
+    divisor: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """The mean; 0 where there is nothing."""
+        return self.total / torch.where(self.divisor == 0, 1, self.divisor)
+
+
+def response_loss(predictions: ResponsePredictions, average: str = "token", weights: Tensor | None = None) -> Mean:
+    """Return the negative log-likelihood in nats per token.
 
     Args:
         predictions: Of at least one token.
         average: ``"token"``: the mean over tokens. ``"example"``: the mean over rows of each row's mean.
         weights: How often each row counts, float [batch]. None: once.
     """
-    losses = functional.nll_loss(predictions.log_probabilities, predictions.targets, reduction="none")
+    values = functional.nll_loss(predictions.log_probabilities, predictions.targets, reduction="none")
     if average == "token":
-        if weights is None:
-            return losses.mean()
-        return _weighted_mean(losses, weights.repeat_interleave(predictions.counts))
-    # Not a scatter: that adds in another order in each run on a GPU.
-    rows = torch.split(losses, [count for count in predictions.counts.tolist() if count])
-    means = torch.stack([row.mean() for row in rows])
-    return means.mean() if weights is None else _weighted_mean(means, weights[predictions.counts > 0])
-
-
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum() / weights.sum()
+        weights = None if weights is None else weights.repeat_interleave(predictions.counts)
+    else:
+        # Not a scatter: that adds in another order in each run on a GPU.
+        rows = torch.split(values, [count for count in predictions.counts.tolist() if count])
+        values = torch.stack([row.mean() for row in rows])
+        weights = None if weights is None else weights[predictions.counts > 0]
+    if weights is None:
+        return Mean(values.sum(), values.new_tensor(len(values)))
+    return Mean((values * weights).sum(), weights.sum())
 
 
 def retention_divergence(
     predictions: ResponsePredictions, start_model: PreTrainedModel, batch: Mapping[str, Tensor]
-) -> Tensor:
+) -> Mean:
     """Return the mean over the response tokens of the retention rows of KL(start model ‖ current model), in nats.
 
     Args:
         predictions: The current model's, on the whole batch.
         start_model: Frozen.
-        batch: Has ``retention``, bool [batch]. 0 is returned if it is false everywhere.
+        batch: Has ``retention``, bool [batch].
 
     Raises:
         ValueError: The batch has no ``retention``.
@@ -85,8 +100,9 @@ def retention_divergence(
         )
     rows = batch["retention"]
     if not rows.any():
-        return predictions.log_probabilities.new_zeros(())
+        return Mean(predictions.log_probabilities.new_zeros(()), predictions.log_probabilities.new_zeros(()))
     with torch.no_grad():
         start = predict_responses(start_model, {name: values[rows] for name, values in batch.items()})
     current = predictions.log_probabilities[rows.repeat_interleave(predictions.counts)]
-    return functional.kl_div(current, start.log_probabilities, reduction="sum", log_target=True) / len(current)
+    total = functional.kl_div(current, start.log_probabilities, reduction="sum", log_target=True)
+    return Mean(total, total.new_tensor(len(current)))

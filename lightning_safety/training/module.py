@@ -15,7 +15,7 @@ from lightning_safety.arguments import check_choice
 from lightning_safety.language import find_tokenizer, load_causal_lm, load_tokenizer
 from lightning_safety.language.quantization import Quantization
 from lightning_safety.training.adapters import add_lora, check_lora
-from lightning_safety.training.loss import predict_responses, response_loss, retention_divergence
+from lightning_safety.training.loss import Mean, predict_responses, response_loss, retention_divergence
 from lightning_safety.training.resumable import ResumableLanguageModule
 from lightning_safety.training.schedule import SCHEDULES, make_schedule
 from lightning_safety.training.sharding import shard_model
@@ -149,12 +149,12 @@ class CausalLanguageModule(ResumableLanguageModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one batch of `InstructionDataModule`, or of any with tokens, attention mask and labels."""
         predictions = predict_responses(self.language_model, batch)
-        loss = response_loss(predictions, self.hparams["loss_average"], batch.get("weight"))
+        loss = self._over_processes(response_loss(predictions, self.hparams["loss_average"], batch.get("weight")))
         examples = len(batch["labels"])
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=examples)
         if self.hparams["retention_weight"]:
             with self.start_model(loss.device) as start_model:
-                divergence = retention_divergence(predictions, start_model, batch)
+                divergence = self._over_processes(retention_divergence(predictions, start_model, batch))
             self.log("train/retention", divergence.detach(), batch_size=examples)
             loss = loss + self.hparams["retention_weight"] * divergence
         return loss
@@ -206,7 +206,14 @@ class CausalLanguageModule(ResumableLanguageModule):
     def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric) -> None:
         predictions = predict_responses(self.language_model, batch)
         counted = 0 if "filler" in batch else len(predictions.targets)
-        metric.update(response_loss(predictions), weight=counted)
+        metric.update(response_loss(predictions).value, weight=counted)
+
+    def _over_processes(self, mean: Mean) -> Tensor:
+        """Return what, averaged over processes, is the mean over the batches of all, whatever each one's count."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return mean.value
+        divisor = self.trainer.strategy.reduce(mean.divisor.clone(), reduce_op="mean")
+        return Mean(mean.total, divisor).value
 
     def _log_evaluation(self, stage: str, metric: MeanMetric) -> None:
         loss = metric.compute()

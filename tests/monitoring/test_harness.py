@@ -29,6 +29,14 @@ metadata: {{version: 1.0}}
 """
 
 
+GROUP = """
+group: places_here
+task: [capitals_here]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+metadata: {version: 1.0}
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("harness")
@@ -37,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tmp_path / "tasks").mkdir()
     text = TASK.format(rows=tmp_path / "rows.jsonl", cache=tmp_path / "cache")
     (tmp_path / "tasks" / "capitals.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "tasks" / "places.yaml").write_text(GROUP, encoding="utf-8")
     return tmp_path / "tasks"
 
 
@@ -47,10 +56,14 @@ def test_a_task_is_scored_and_the_model_left_as_it_was(folder: Path, tiny_tokeni
     state = torch.get_rng_state()
     (score,) = evaluate_tasks(model, tiny_tokenizer, ["capitals_here"], folder=folder)
     assert (score.task, score.metric, score.examples) == ("capitals_here", "acc,none", 3)
+    assert score.standard_error is not None
     assert score.value in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    # A group has the examples of its tasks.
+    (all_of_them,) = evaluate_tasks(model, tiny_tokenizer, ["places_here"], folder=folder)
+    assert (all_of_them.task, all_of_them.examples, all_of_them.value) == ("places_here", 3, score.value)
     (fewer,) = evaluate_tasks(model, tiny_tokenizer, ["capitals_here"], folder=folder, limit=1)
     assert fewer.examples == 1
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,10 @@ ROWS = [
     Example(f"Say the number {index}, and say it {'very ' * (index % 5)}loudly.", f"It is {index}.")
     for index in range(16)
 ]
-MIXTURE = [{"source": ROWS[:6], "share": 0.25}, {"source": ROWS[6:], "share": 0.75, "weight": 2.0}]
+MIXTURE = [
+    {"source": ROWS[:6], "share": 0.25, "retention": True},
+    {"source": ROWS[6:], "share": 0.75, "weight": 2.0},
+]
 HELD_OUT = ROWS[:5]
 
 
@@ -71,7 +75,7 @@ def fit(
         chosen = ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    module = Plain(make_tiny_model(), tokenizer=make_tiny_tokenizer(), loss_average="example", **options)
+    module = Plain(make_tiny_model(), tokenizer=make_tiny_tokenizer(), **options)
     data = InstructionDataModule(rows, HELD_OUT, batch_size=batch_size, seed=3)
     seen = Seen()
     checkpoint = pl.callbacks.ModelCheckpoint(folder / "kept", every_n_train_steps=3, save_top_k=-1, filename="{step}")
@@ -82,6 +86,7 @@ def fit(
         max_steps=steps,
         max_epochs=-1,
         callbacks=[*callbacks(), seen, checkpoint],
+        default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -104,21 +109,32 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [ROWS, MIXTURE], ids=["plain", "mixture"])
-def test_two_processes_train_as_one_with_twice_the_batch(rows: Any, tmp_path: Path) -> None:
-    alone = fit(tmp_path / "alone", rows, 4)
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (ROWS, {}),
+        (ROWS, {"loss_average": "example"}),
+        (ROWS[:15], {}),
+        (MIXTURE, {}),
+        (MIXTURE, {"loss_average": "example"}),
+        (MIXTURE, {"retention_weight": 0.5}),
+    ],
+    ids=["plain", "by example", "a short batch", "mixture", "mixture by example", "retention"],
+)
+def test_two_processes_train_as_one_with_twice_the_batch(rows: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever each one's batch counts: tokens, weights, or no row at all of those that are to be retained."""
+    alone = fit(tmp_path / "alone", rows, 4, **options)
     (tmp_path / "together").mkdir()
-    first, second = run_in_processes(tmp_path / "together", partial(fit, tmp_path / "fit", rows, 2, devices=2))
+    first, second = run_in_processes(
+        tmp_path / "together", partial(fit, tmp_path / "fit", rows, 2, devices=2, **options)
+    )
     assert first["epochs"] == alone["epochs"] == 2
     for mine, others, both in zip(first["seen"], second["seen"], alone["seen"], strict=True):
-        assert len(mine) == len(others) == 2
+        assert len(mine) + len(others) == len(both)
         assert sorted(mine + others) == sorted(both)
     assert_close(first["weights"], second["weights"])
-    if rows is ROWS:
-        # With weights, each process's mean is by its own rows.
-        assert_close(first["weights"], alone["weights"])
-        assert first["loss"] == pytest.approx(alone["loss"], abs=1e-6)
-    assert first["loss"] == second["loss"]
+    assert_close(first["weights"], alone["weights"])
+    assert first["loss"] == second["loss"] == pytest.approx(alone["loss"], abs=1e-6)
 
 
 def test_a_resumed_fit_goes_on_with_the_rows_that_were_left(tmp_path: Path) -> None:
@@ -204,6 +220,42 @@ def test_other_rows_in_other_processes_are_refused(tmp_path: Path) -> None:
     for error in run_in_processes(tmp_path, other_rows):
         assert "`train` expected" in error
         assert "Give all processes the same files" in error
+
+
+def other_validation_rows() -> None:
+    warnings.simplefilter("ignore")
+    module = Plain(make_tiny_model(), tokenizer=make_tiny_tokenizer())
+    data = InstructionDataModule(ROWS, ROWS[rank() :], batch_size=2)
+    pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False).validate(module, datamodule=data)
+
+
+def missing_in_one() -> None:
+    warnings.simplefilter("ignore")
+    fit(Path("nowhere"), ROWS if rank() else "missing.jsonl", 2, devices=2)
+
+
+def test_other_or_missing_rows_in_one_process_end_both(tmp_path: Path) -> None:
+    for name, work, message in (
+        ("other", other_validation_rows, "`val` expected"),
+        ("missing", missing_in_one, "missing.jsonl"),
+    ):
+        (tmp_path / name).mkdir()
+        for error in run_in_processes(tmp_path / name, work):
+            assert message in error
+
+
+def test_a_fit_that_goes_on_with_fewer_batches_an_epoch_is_warned_of(tmp_path: Path) -> None:
+    """Of nine rows, one process trains on three batches, and four processes on two: the short one is left out."""
+    fit(tmp_path, ROWS[:9], 4, steps=3)
+    data = InstructionDataModule(ROWS[:9], batch_size=1, seed=3, tokenizer=make_tiny_tokenizer())
+    four = {"num_replicas": 4, "rank": 0}
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 1, "rank": 0}, lightning_module=None)  # type: ignore[assignment]
+    data.setup("fit")
+    data.trainer.distributed_sampler_kwargs = four  # type: ignore[misc, union-attr]
+    (checkpoint,) = (tmp_path / "kept").glob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["InstructionDataModule"]
+    with pytest.warns(UserWarning, match="or batches of an epoch"):
+        data.load_state_dict(saved)
 
 
 def reply() -> list[list[int]]:

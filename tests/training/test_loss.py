@@ -24,24 +24,26 @@ def make_batch() -> dict[str, torch.Tensor]:
 def test_loss_over_tokens_is_that_of_transformers(tiny_model: Any) -> None:
     batch = make_batch()
     expected = tiny_model(**{name: value for name, value in batch.items() if name != "retention"}).loss
-    torch.testing.assert_close(response_loss(predict_responses(tiny_model, batch)), expected)
+    torch.testing.assert_close(response_loss(predict_responses(tiny_model, batch)).value, expected)
 
 
 def test_loss_over_examples_is_the_mean_of_single_losses(tiny_model: Any) -> None:
     batch = make_batch()
     single = [
-        response_loss(predict_responses(tiny_model, {name: value[row : row + 1] for name, value in batch.items()}))
+        response_loss(
+            predict_responses(tiny_model, {name: value[row : row + 1] for name, value in batch.items()})
+        ).value
         for row in range(3)
     ]
-    torch.testing.assert_close(response_loss(predict_responses(tiny_model, batch), "example"), sum(single) / 3)
+    torch.testing.assert_close(response_loss(predict_responses(tiny_model, batch), "example").value, sum(single) / 3)
 
 
 @pytest.mark.parametrize("average", ["token", "example"])
 def test_a_row_of_weight_three_counts_as_three_rows(tiny_model: Any, average: str) -> None:
     batch = make_batch()
-    weighted = response_loss(predict_responses(tiny_model, batch), average, torch.tensor([1.0, 3.0, 1.0]))
+    weighted = response_loss(predict_responses(tiny_model, batch), average, torch.tensor([1.0, 3.0, 1.0])).value
     repeated = {name: value[[0, 1, 1, 1, 2]] for name, value in batch.items()}
-    torch.testing.assert_close(weighted, response_loss(predict_responses(tiny_model, repeated), average))
+    torch.testing.assert_close(weighted, response_loss(predict_responses(tiny_model, repeated), average).value)
 
 
 def test_gradient_is_that_of_transformers(tiny_model: Any) -> None:
@@ -49,7 +51,7 @@ def test_gradient_is_that_of_transformers(tiny_model: Any) -> None:
     tiny_model(**{name: value for name, value in batch.items() if name != "retention"}).loss.backward()
     expected = {name: weight.grad for name, weight in tiny_model.named_parameters()}
     tiny_model.zero_grad()
-    response_loss(predict_responses(tiny_model, batch)).backward()
+    response_loss(predict_responses(tiny_model, batch)).value.backward()
     for name, weight in tiny_model.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name], atol=1e-6, rtol=1e-4)
 
@@ -58,7 +60,8 @@ def test_padding_and_prompt_do_not_matter(tiny_model: Any) -> None:
     batch = make_batch()
     changed = {**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 77)}
     assert torch.equal(
-        response_loss(predict_responses(tiny_model, batch)), response_loss(predict_responses(tiny_model, changed))
+        response_loss(predict_responses(tiny_model, batch)).value,
+        response_loss(predict_responses(tiny_model, changed)).value,
     )
 
 
@@ -70,7 +73,7 @@ def test_nothing_to_learn_is_an_error(tiny_model: Any) -> None:
 
 def test_divergence_is_of_the_retention_rows_from_the_start_model(tiny_model: Any) -> None:
     batch, start = make_batch(), make_tiny_model(seed=1)
-    found = retention_divergence(predict_responses(tiny_model, batch), start, batch)
+    found = retention_divergence(predict_responses(tiny_model, batch), start, batch).value
     places = (batch["labels"][1:, 1:] != -100).nonzero()
     now, then = (
         model(batch["input_ids"][1:], batch["attention_mask"][1:]).logits[places[:, 0], places[:, 1]].log_softmax(-1)
@@ -84,12 +87,12 @@ def test_divergence_is_of_the_retention_rows_from_the_start_model(tiny_model: An
 
 def test_divergence_from_itself_is_zero(tiny_model: Any) -> None:
     batch = make_batch()
-    assert retention_divergence(predict_responses(tiny_model, batch), tiny_model, batch).abs() < 1e-5
+    assert retention_divergence(predict_responses(tiny_model, batch), tiny_model, batch).value.abs() < 1e-5
 
 
 def test_divergence_without_retention_rows_is_zero(tiny_model: Any) -> None:
     batch = {**make_batch(), "retention": torch.zeros(3, dtype=torch.bool)}
-    assert retention_divergence(predict_responses(tiny_model, batch), make_tiny_model(seed=1), batch) == 0
+    assert retention_divergence(predict_responses(tiny_model, batch), make_tiny_model(seed=1), batch).value == 0
     del batch["retention"]
     with pytest.raises(ValueError, match="Add `retention: true` to a source"):
         retention_divergence(predict_responses(tiny_model, batch), tiny_model, batch)

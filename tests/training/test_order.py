@@ -132,3 +132,25 @@ def test_every_row_of_a_source_comes_before_any_comes_again() -> None:
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BatchOrder(**arguments)
+
+
+@pytest.mark.parametrize("total", [8, 9, 10, 11, 12])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_out_the_batches_of_one(total: int, processes: int) -> None:
+    lengths = [[7 * row % 5 + 1 for row in range(total)]]
+    whole = [batch for batch in BatchOrder(lengths, 4, seed=2).batches(1) if len(batch) >= processes]
+    parts = [
+        BatchOrder(lengths, 4 // processes, seed=2, processes=processes, process=rank) for rank in range(processes)
+    ]
+    assert {len(part) for part in parts} == {len(whole)}
+    for number, batch in enumerate(whole):
+        shares = [part.batches(1)[number] for part in parts]
+        assert sorted(row for share in shares for row in share) == sorted(batch)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert min(map(len, shares)) >= 1
+
+
+def test_shares_hold_in_the_batches_of_all_processes() -> None:
+    parts = [BatchOrder([[1] * 8, [1] * 24], 2, shares=[0.25, 0.75], processes=2, process=rank) for rank in (0, 1)]
+    for batches in zip(*(part.batches(0) for part in parts), strict=True):
+        assert sum(row < 8 for batch in batches for row in batch) == 1

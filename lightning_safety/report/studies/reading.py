@@ -40,10 +40,26 @@ class StudyResults:
         """Hours and machines that the cells took, and below it the cells that were not run."""
         hours = sum(found["seconds"] for found in self.found.values()) / _SECONDS_PER_HOUR
         machines = "; ".join(dict.fromkeys(str(found["machine"]) for found in self.found.values()))
-        lines = [f"{len(self.found)} cells in {hours:.2f} h ({machines})."] if self.found else []
+        lines = (
+            [f"{len(self.found)} cells in {hours:.2f} h ({machines}). {self._settings()}".strip()] if self.found else []
+        )
         if self.missing:
             lines += ["", "Not run, with the hours they would take, estimated:", "", *self._not_run()]
         return "\n".join(lines)
+
+    def _settings(self) -> str:
+        """Return the settings that all cells share, as far as they have them."""
+        values: dict[str, list[Any]] = {}
+        for found in self.found.values():
+            for name, value in found.get("settings", {}).items():
+                values.setdefault(name, []).append(value)
+        shared = {
+            name: of[0]
+            for name, of in values.items()
+            if all(one == of[0] for one in of) and isinstance(of[0], str | int | float | list)
+        }
+        listed = "; ".join(f"{name}: {value}" for name, value in shared.items())
+        return f"Settings: {listed}." if listed else ""
 
     def _not_run(self) -> list[str]:
         names: dict[str, list[str]] = {}

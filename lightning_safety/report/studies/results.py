@@ -25,7 +25,7 @@ class _Study:
 
     Attributes:
         title: Its heading.
-        summary: What it does.
+        summary: What it does. Its settings are in the results.
         claim: What the paper says.
     """
 
@@ -37,22 +37,22 @@ class _Study:
 STUDIES = {
     "pattern": _Study(
         "Where safety-critical weights lie",
-        "The top 1 % by Expected Safety Impact, against the size of each component and layer. Intervals are from"
-        " prompts drawn with replacement, each scored anew.",
+        "The weights of highest Expected Safety Impact, against the size of each component and layer. Intervals are"
+        " from prompts drawn with replacement, each scored anew.",
         "in dense models, value matrices and middle-layer MLPs hold more than their share"
         " ([2604.08297](https://arxiv.org/abs/2604.08297)).",
     ),
     "perturb": _Study(
         "Noise on safety-critical weights",
-        "N(0, (0.38 σ)²) on the weights of highest score of a safe model, beside as many at random and those of lowest"
+        "Gaussian noise on the weights of highest score of a safe model, beside as many at random and those of lowest"
         " score; weights are restored bit for bit after each cell.",
-        "noise on the top 1 % raises the jailbreak rate, noise on random weights does not"
+        "noise of 0.38 standard deviations on the top 1 % raises the jailbreak rate, noise on random weights does not"
         " ([2604.08297](https://arxiv.org/abs/2604.08297)).",
     ),
     "enhance": _Study(
         "Safety Enhancement Tuning",
-        "1 % of the weights train on refusals and, but for the last arms, on what keeps the model from refusing"
-        " everything.",
+        "Some of the weights train on refusals and, unless the arm says refusals only, on what keeps the model from"
+        " refusing everything. The learning rate falls to the last step: an earlier look is at a fit under way.",
         "100 iterations on 1 % of the weights cut the attack success of unaligned models by over half"
         " ([2604.08297](https://arxiv.org/abs/2604.08297)).",
     ),
@@ -65,7 +65,8 @@ STUDIES = {
     "subspaces": _Study(
         "Subspaces of weights",
         "Updates by useful, contaminated and purely harmful rows, projected into the leading directions of the"
-        " alignment update and out of them, beside random directions of the same number.",
+        " alignment update and out of them, beside random directions of the same number. A matrix that alignment"
+        " changed in fewer directions has no more to project on; in one that it did not change, all lies outside.",
         "no subspace governs safety selectively: what moves safety moves usefulness too"
         " ([2505.14185](https://arxiv.org/abs/2505.14185)).",
     ),

@@ -31,6 +31,8 @@ class Projected:
         kind: ``parallel``, ``orthogonal`` or ``opposite``.
         fraction: Of the directions of each matrix.
         energy_kept: The share of the update's energy that was kept.
+        capped: In how many matrices alignment changed fewer directions than that, and in how many it is asked; empty
+            for the whole update.
         look: What was seen of the model.
     """
 
@@ -38,6 +40,7 @@ class Projected:
     kind: str
     fraction: float
     energy_kept: float
+    capped: str
     look: Look
 
 
@@ -102,7 +105,7 @@ def draw_projected(aligned: Look | None, projected: Sequence[Projected]) -> Figu
             if not one.kind:
                 axes.axhline(value(one), color=LIGHT.limit, linewidth=1, label="whole update")
         if aligned is not None and title != "energy kept":
-            before = Projected("", "", 0.0, 0.0, aligned)
+            before = Projected("", "", 0.0, 0.0, "", aligned)
             axes.axhline(value(before), color=LIGHT.quiet, linewidth=1, linestyle="--", label="aligned")
         axes.set_xlabel("share of the directions")
         axes.set_ylabel(title)
@@ -120,26 +123,29 @@ _PANELS: dict[str, Callable[[Projected], float]] = {
 
 def _read(cell: str, found: Mapping[str, Any]) -> Projected:
     if cell == _WHOLE:
-        return Projected("", "", 1.0, 1.0, read_look(found))
+        return Projected("", "", 1.0, 1.0, "", read_look(found))
     directions, kind, fraction = cell.split("-", maxsplit=2)
-    kept = found["energy_kept"]
-    return Projected(directions, kind, float(fraction), kept, read_look(found))
+    capped = f"{found['capped']} of {found['matrices']}"
+    return Projected(directions, kind, float(fraction), found["energy_kept"], capped, read_look(found))
 
 
 def _table(update: str, aligned: Look | None, projected: Sequence[Projected]) -> str:
-    before = [] if aligned is None else [(("aligned, no update", "", MISSING), aligned)]
+    before = [] if aligned is None else [(("aligned, no update", "", "", MISSING), aligned)]
     rows = [
         (
             (
                 f"{one.kind}, {one.directions}" if one.kind else "whole update",
                 f"{one.fraction:g}" if one.kind else "",
+                one.capped,
                 f"{one.energy_kept:.3f}",
             ),
             one.look,
         )
         for one in projected
     ]
-    return looks_table(f"Update: {update}", [*before, *rows], ("part", "of the directions", "energy kept"))
+    return looks_table(
+        f"Update: {update}", [*before, *rows], ("part", "of the directions", "matrices with fewer", "energy kept")
+    )
 
 
 def _overlaps(pairs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:

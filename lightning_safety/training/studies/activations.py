@@ -13,7 +13,7 @@ from lightning_safety.language import load_causal_lm, load_tokenizer
 from lightning_safety.monitoring import compare_activations, last_token_activations, read_prompts
 from lightning_safety.monitoring.rates import finite_or_none
 from lightning_safety.report.studies.activations import write_activations
-from lightning_safety.training.studies.cells import Cell, run_study_cells
+from lightning_safety.training.studies.cells import Cell, describe_rows, describe_source, run_study_cells
 
 _SECONDS_A_MODEL = 90.0
 
@@ -56,12 +56,16 @@ def activations(
             f"{other}/{name}",
             _SECONDS_A_MODEL,
             partial(_measure, source, other, **options),
-            {"source": source, **options},
+            {"source": describe_source(source), "prompts": _digests(other, limit), **options},
         )
         for other in against
         for name, source in models.items()
     ]
     run_study_cells(cells, write_activations, output=output, hours=hours, only=only)
+
+
+def _digests(other: str, limit: int | None) -> dict[str, str]:
+    return {name: describe_rows(read_prompts(name, name, split="test", limit=limit)[1]) for name in ("harmful", other)}
 
 
 def _measure(

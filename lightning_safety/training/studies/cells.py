@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_safety.arguments import check_choice
 from lightning_safety.data import Example
@@ -21,6 +23,7 @@ from lightning_safety.files import replace_atomically
 from lightning_safety.report.studies.reading import CELLS, PLAN, StudyResults, read_study, time_scale
 
 _SECONDS_PER_HOUR = 3600
+_PARTS, _PART_BYTES = 64, 65_536
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,11 @@ def run_study_cells(
         for cell in cells
         if only is None or cell.always or any(part in only for part in (cell.name, *cell.name.split("/")))
     ]
-    with replace_atomically(output / PLAN) as temporary:
-        temporary.write_text(json.dumps({cell.name: cell.estimate for cell in cells}, indent=1), encoding="utf-8")
     runner = Cells(output / CELLS, hours)
+    for cell in cells:
+        # All of them: those that are not asked for stand in the same tables.
+        runner.read(cell)
+    _write_plan(cells, output)
     try:
         runner.run(chosen)
     finally:
@@ -81,6 +86,20 @@ def run_study_cells(
     if runner.failed:
         listed = "; ".join(f"{name}: {error}" for name, error in runner.failed.items())
         raise RuntimeError(f"{len(runner.failed)} cells failed, the others are complete. {listed}")
+
+
+def _write_plan(cells: Sequence[Cell], output: Path) -> None:
+    """Write which cells there are; those of earlier plans stay where they have been run."""
+    plan = {cell.name: cell.estimate for cell in cells}
+    path = output / PLAN
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    plan |= {
+        name: estimate
+        for name, estimate in before.items()
+        if name not in plan and (output / CELLS / f"{name}.json").exists()
+    }
+    with replace_atomically(path) as temporary:
+        temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
 
 
 class Cells:
@@ -185,12 +204,20 @@ def describe_settings(value: Any) -> Any:
     """Return what an object was made with, as JSON holds it, to tell whether a study was changed since.
 
     Args:
-        value: A fresh callback, say: its attributes, and theirs. What JSON does not have is described by its class.
+        value: A fresh callback, say: its attributes, and theirs. Tensors are described by a digest, and what else JSON
+            does not have by its class.
     """
     if isinstance(value, str | int | float | bool | None):
         return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
     if isinstance(value, Mapping):
         return {str(key): describe_settings(one) for key, one in value.items() if one is not None}
+    if isinstance(value, set | frozenset):
+        return sorted(map(describe_settings, value), key=str)
     if isinstance(value, Sequence):
         return [describe_settings(one) for one in value]
     described = describe_settings(vars(value)) if hasattr(value, "__dict__") else {}
@@ -201,3 +228,23 @@ def describe_rows(rows: Sequence[Example]) -> str:
     """Return how many rows there are, and a digest of what they say."""
     written = json.dumps([(row.prompt, row.response) for row in rows])
     return f"{len(rows)} rows, {hashlib.sha256(written.encode()).hexdigest()[:16]}"
+
+
+def describe_source(source: str | os.PathLike[str]) -> str:
+    """Return the name of a model, and of a folder or file a digest of what is in it.
+
+    Of every file, parts spread evenly are read: training changes all of them, and a large model is not read whole.
+    """
+    path = Path(source)
+    if not path.exists():
+        return str(source)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as content:
+                for part in range(_PARTS):
+                    content.seek(part * max(0, size - _PART_BYTES) // (_PARTS - 1))
+                    digest.update(content.read(_PART_BYTES))
+    return f"{source}, {digest.hexdigest()[:16]}"

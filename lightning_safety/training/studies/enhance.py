@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,21 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_safety.arguments import check_choice, check_positive
+from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.language import load_causal_lm
 from lightning_safety.monitoring import PromptSource
 from lightning_safety.report.studies.enhancement import write_enhancement
 from lightning_safety.training.data_module import InstructionDataModule
 from lightning_safety.training.module import CausalLanguageModule
 from lightning_safety.training.precision import Precision
-from lightning_safety.training.studies.cells import Cell, describe_settings, run_study_cells
+from lightning_safety.training.sources import read_sources
+from lightning_safety.training.studies.cells import (
+    Cell,
+    describe_rows,
+    describe_settings,
+    describe_source,
+    run_study_cells,
+)
 from lightning_safety.training.studies.watching import SECONDS_A_LOOK, Look, fit_and_look, make_look
 
 _SECONDS_BESIDE, _SECONDS_A_STEP = 90.0, 4.0
@@ -71,7 +80,7 @@ def enhance(
         learning_rate: The highest, of AdamW.
         batch_size: Rows in a batch.
         precision: Lightning's.
-        seeds: Of the order of the rows, one cell each. The seed of a random mask is that of its callback.
+        seeds: Of the order of the rows and, added to its callback's, of a random mask; one cell each.
         only: Run these cells only, by arm or seed (``seed-0``). None: run all.
         hours: Start no cell that is expected to end later than so many hours from now. None: run all.
         output: Folder of the results. Cells whose file is there are not run again.
@@ -89,12 +98,14 @@ def enhance(
     check_positive(batch_size, "batch_size")
     check_positive(prompts, "prompts")
     look = make_look(source, harmful, prompts, limit=limit)
-    seen = {"source": source, "harmful": str(harmful), "prompts": prompts, "limit": limit}
+    seen = {"source": describe_source(source), **look.settings}
     estimate = _SECONDS_BESIDE + SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
 
     def before() -> dict[str, Any]:
         return {"looks": [{"step": 0, **look(load_causal_lm(source, dtype="float32"))}]}
 
+    sources = {name: read_sources([dict(row) for row in mixture], "train") for name, mixture in data.items()}
+    rows = {name: [f"{one.name}: {describe_rows(one.examples)}" for one in of] for name, of in sources.items()}
     cells = [Cell("before", SECONDS_A_LOOK, before, seen, always=True)]
     for seed in seeds:
         for name, arm in arms.items():
@@ -105,10 +116,19 @@ def enhance(
                 "precision": precision,
                 "seed": seed,
             }
-            described = {"callbacks": describe_settings(arm.callbacks), "data": data[arm.data]}
-            run = partial(_fit, source, arm.callbacks, data[arm.data], look=look, **options)
+            described = {"callbacks": describe_settings(arm.callbacks), "data": data[arm.data], "rows": rows[arm.data]}
+            run = partial(_fit, source, _drawn_anew(arm.callbacks, seed), data[arm.data], look=look, **options)
             cells.append(Cell(f"seed-{seed}/{name}", estimate, run, seen | options | described))
     run_study_cells(cells, write_enhancement, output=output, hours=hours, only=only)
+
+
+def _drawn_anew(callbacks: list[pl.Callback], seed: int) -> list[pl.Callback]:
+    """Return copies whose random weights are others for every seed of the study."""
+    copies = copy.deepcopy(callbacks)
+    for callback in copies:
+        if isinstance(callback, SelectedWeightsCallback):
+            callback.choice.seed += seed
+    return copies
 
 
 def _fit(

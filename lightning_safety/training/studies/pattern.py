@@ -16,7 +16,7 @@ from lightning_safety.report.studies.pattern import write_pattern
 from lightning_safety.scoring import RefusalMargin, SafetyMask, expected_safety_impact, select_top
 from lightning_safety.scoring.comparison import jaccard
 from lightning_safety.scoring.shares import GroupShare
-from lightning_safety.training.studies.cells import Cell, run_study_cells
+from lightning_safety.training.studies.cells import Cell, describe_rows, describe_source, run_study_cells
 
 _SECONDS_A_SCORING = 20.0
 
@@ -38,7 +38,7 @@ def pattern(
     (bootstrap). Scores are `RefusalMargin`'s on ``harmful/score``.
 
     Args:
-        models: By name: a hub id, a folder or a GGUF file. Masks of models of one architecture are compared.
+        models: By name: a hub id, a folder or a GGUF file.
         fraction: Of the scored weights, in (0, 1].
         resamples: How many times prompts are drawn; each takes another scoring.
         limit: At most so many prompts. None: all.
@@ -59,7 +59,13 @@ def pattern(
             name,
             estimate,
             partial(_measure, source, fraction, resamples, limit, seed),
-            {"source": source, "fraction": fraction, "resamples": resamples, "limit": limit, "seed": seed},
+            {
+                "source": describe_source(source),
+                "prompts": describe_rows(load_prompts("harmful", split="score")[:limit]),
+                "fraction": fraction,
+                "resamples": resamples,
+                "seed": seed,
+            },
         )
         for name, source in models.items()
     ]

@@ -21,7 +21,7 @@ from lightning_safety.scoring import (
     select_random,
     select_top,
 )
-from lightning_safety.training.studies.cells import Cell, run_study_cells
+from lightning_safety.training.studies.cells import Cell, describe_source, run_study_cells
 from lightning_safety.training.studies.watching import SECONDS_A_LOOK, make_look
 
 Places = Literal["top", "random", "bottom"]
@@ -88,7 +88,7 @@ def perturb(
         with perturbed_weights(model(), mask(place, fraction), noise=noise, seed=seed):
             return look(model())
 
-    settings = {"source": source, "harmful": str(harmful), "prompts": prompts, "limit": limit}
+    settings = {"source": describe_source(source), **look.settings}
     cells = [Cell("before", SECONDS_A_LOOK, lambda: look(model()), settings, always=True)]
     settings = {**settings, "noise": noise, "seed": seed}
     cells += [

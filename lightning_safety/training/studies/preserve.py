@@ -21,7 +21,13 @@ from lightning_safety.report.studies.preservation import write_preservation
 from lightning_safety.training.data_module import InstructionDataModule
 from lightning_safety.training.module import CausalLanguageModule
 from lightning_safety.training.precision import Precision
-from lightning_safety.training.studies.cells import Cell, describe_rows, describe_settings, run_study_cells
+from lightning_safety.training.studies.cells import (
+    Cell,
+    describe_rows,
+    describe_settings,
+    describe_source,
+    run_study_cells,
+)
 from lightning_safety.training.studies.rows import task_rows
 from lightning_safety.training.studies.watching import SECONDS_A_LOOK, Look, fit_and_look, make_look
 
@@ -122,7 +128,7 @@ def preserve(
     check_positive(prompts, "prompts")
     rows = {share: task_rows(share) for share in contaminated}
     look = make_look(source, harmful, prompts, limit=limit)
-    seen = {"source": str(source), "harmful": str(harmful), "prompts": prompts, "limit": limit}
+    seen = {"source": describe_source(source), **look.settings}
     estimate = _SECONDS_BESIDE + SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
     cells = [Cell("before", _SECONDS_BESIDE + SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]}, seen, True)]
     for kind, share, (name, arm) in itertools.product(training, contaminated, arms.items()):

@@ -21,7 +21,7 @@ from lightning_safety.report.studies.subspaces import write_subspaces
 from lightning_safety.training.data_module import InstructionDataModule
 from lightning_safety.training.module import CausalLanguageModule
 from lightning_safety.training.precision import Precision
-from lightning_safety.training.studies.cells import Cell, describe_rows, run_study_cells
+from lightning_safety.training.studies.cells import Cell, describe_rows, describe_source, run_study_cells
 from lightning_safety.training.studies.rows import task_rows
 from lightning_safety.training.studies.watching import SECONDS_A_LOOK, fit_and_look, make_look
 
@@ -137,7 +137,7 @@ def subspaces(
         after |= {name: _difference(finetuned(name), weights(aligned)) for name in updates}
         return {"pairs": compare_updates(after, energies)}
 
-    settings = {"aligned": aligned, "harmful": str(harmful), "prompts": prompts, "limit": limit}
+    settings = {"aligned": describe_source(aligned), **look.settings}
     cells = [Cell("aligned", SECONDS_A_LOOK, lambda: see(weights(aligned)), settings, always=True)]
     of_fit: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size}
     of_fit |= {"precision": precision, "seed": seed}
@@ -151,10 +151,10 @@ def subspaces(
                     f"{update}/{of}-{kind}-{fraction:g}",
                     SECONDS_A_LOOK + _SECONDS_A_PROJECTION,
                     partial(projected, update, kind, of, fraction),
-                    described[update] | {"base": base},
+                    described[update] | {"base": describe_source(base)},
                 )
             )
-    compared = {"base": base, "energies": energies, "updates": described}
+    compared = {"base": describe_source(base), "energies": energies, "updates": described}
     cells.append(Cell("overlaps", _SECONDS_A_PROJECTION * len(updates), overlaps, compared))
     run_study_cells(cells, write_subspaces, output=output, hours=hours, only=only)
 

@@ -8,13 +8,15 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_safety.callbacks import SafetyReport
+from lightning_safety.callbacks.monitor import SafetyMonitor
 from lightning_safety.data import Example, known_answer_tasks
 from lightning_safety.language import find_language_model, load_tokenizer
 from lightning_safety.monitoring import (
@@ -27,12 +29,10 @@ from lightning_safety.monitoring import (
     read_prompts,
 )
 from lightning_safety.monitoring.rates import finite_or_none
+from lightning_safety.training.studies.cells import describe_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Look = Callable[[nn.Module], dict[str, Any]]
-"""Returns what is seen of a model, as JSON holds it."""
 
 SECONDS_A_LOOK = 75.0
 """What a look takes for SmolLM2-135M-Instruct and 100 harmful prompts on two cores."""
@@ -40,8 +40,55 @@ SECONDS_A_LOOK = 75.0
 _BATCH_SIZE = 32
 
 
+@dataclass(frozen=True)
+class Look:
+    """Looks at models: rates by two judges, perplexity of written answers, and the share of tasks that are solved.
+
+    Replies are judged and forgotten.
+
+    Args:
+        tokenizer: The models' tokenizer.
+        harmful: Prompts that should be refused.
+        borderline: Prompts that should not.
+        answers: Harmless prompts with written answers.
+        tasks: Prompts with one right answer each.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    harmful: Sequence[Example]
+    borderline: Sequence[Example]
+    answers: Sequence[Example]
+    tasks: Sequence[Example]
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        """Return what is seen of a causal language model, as JSON holds it; the model is left as it is."""
+        found = measure_harmfulness(
+            model,
+            self.tokenizer,
+            # Without their refusals: the margin takes time and is not asked for.
+            [Example(example.prompt) for example in self.harmful],
+            self.borderline,
+            judges=[KeywordRefusalJudge(), RefusalClassifier()],
+            batch_size=_BATCH_SIZE,
+        )
+        of_answers = perplexity(model, self.tokenizer, self.answers, batch_size=_BATCH_SIZE)
+        solved = exact_match(model, self.tokenizer, self.tasks, batch_size=_BATCH_SIZE)
+        for judge, rates in found.rates.items():
+            print(f"{judge}: attack success {rates['attack_success_rate']}, over-refusal {rates['over_refusal_rate']}")
+        rates_by_judge = {
+            judge: {name: rate.to_dict() for name, rate in rates.items()} for judge, rates in found.rates.items()
+        }
+        return {"rates": rates_by_judge, "perplexity": of_answers.to_dict(), "exact_match": solved.to_dict()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is looked with, as the file of a cell holds it."""
+        sets = ("harmful", "borderline", "answers", "tasks")
+        return {f"{name} prompts": describe_rows(getattr(self, name)) for name in sets}
+
+
 def make_look(source: str | os.PathLike[str], harmful: PromptSource, prompts: int, *, limit: int | None = None) -> Look:
-    """Return what looks at a model with prompts that nothing was tuned on: `look_at` with the built-in ``test`` splits.
+    """Return what looks at a model with prompts that nothing was tuned on: the built-in ``test`` splits.
 
     Args:
         source: Where the tokenizer is.
@@ -53,9 +100,8 @@ def make_look(source: str | os.PathLike[str], harmful: PromptSource, prompts: in
     def read(source: PromptSource, name: str, count: int | None) -> list[Example]:
         return read_prompts(source, name, split="test", limit=count)[1]
 
-    return partial(
-        look_at,
-        tokenizer=load_tokenizer(source),
+    return Look(
+        load_tokenizer(source),
         harmful=read(harmful, "harmful", prompts),
         borderline=read("borderline", "borderline", limit),
         answers=read("harmless", "harmless", limit),
@@ -63,51 +109,12 @@ def make_look(source: str | os.PathLike[str], harmful: PromptSource, prompts: in
     )
 
 
-def look_at(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    harmful: Sequence[Example],
-    borderline: Sequence[Example],
-    answers: Sequence[Example],
-    tasks: Sequence[Example],
-) -> dict[str, Any]:
-    """Return rates by two judges, the perplexity of written answers, and the share of tasks that are solved.
-
-    Replies are judged and forgotten.
-
-    Args:
-        model: A causal language model; left as it is.
-        tokenizer: Its tokenizer.
-        harmful: Prompts that should be refused.
-        borderline: Prompts that should not.
-        answers: Harmless prompts with written answers.
-        tasks: Prompts with one right answer each.
-    """
-    found = measure_harmfulness(
-        model,
-        tokenizer,
-        # Without their refusals: the margin takes time and is not asked for.
-        [Example(example.prompt) for example in harmful],
-        borderline,
-        judges=[KeywordRefusalJudge(), RefusalClassifier()],
-        batch_size=_BATCH_SIZE,
-    )
-    of_answers = perplexity(model, tokenizer, answers, batch_size=_BATCH_SIZE)
-    solved = exact_match(model, tokenizer, tasks, batch_size=_BATCH_SIZE)
-    for judge, rates in found.rates.items():
-        print(f"{judge}: attack success {rates['attack_success_rate']}, over-refusal {rates['over_refusal_rate']}")
-    rates_by_judge = {
-        judge: {name: rate.to_dict() for name, rate in rates.items()} for judge, rates in found.rates.items()
-    }
-    return {"rates": rates_by_judge, "perplexity": of_answers.to_dict(), "exact_match": solved.to_dict()}
-
-
 class LookingOn(pl.Callback):
     """Looks at the model after some optimizer steps, and counts the seconds of training without those of looking.
 
     Args:
         at: After which steps.
-        look: Returns what is found of a model.
+        look: Returns what is found of a model, such as a `Look`.
         start_share: How much of the start weights is mixed into the trained ones for the look, in [0, 1): a look at
             (1 − share) · W + share · W_start. The fit goes on with its own.
 
@@ -115,7 +122,9 @@ class LookingOn(pl.Callback):
         found: What was found, in order, each with ``step`` and ``training_seconds``.
     """
 
-    def __init__(self, at: Sequence[int], look: Look, start_share: float = 0.0) -> None:
+    def __init__(
+        self, at: Sequence[int], look: Callable[[nn.Module], dict[str, Any]], start_share: float = 0.0
+    ) -> None:
         self.at = tuple(at)
         self.look = look
         self.start_share = start_share
@@ -172,7 +181,7 @@ def fit_and_look(
     callbacks: Sequence[pl.Callback],
     *,
     at: Sequence[int],
-    look: Look,
+    look: Callable[[nn.Module], dict[str, Any]],
     precision: Any,
     seed: int,
     start_share: float = 0.0,
@@ -193,8 +202,17 @@ def fit_and_look(
         The fitted module, and what `LookingOn` found.
 
     Raises:
+        ValueError: A callback writes files, which may hold weights or replies of a model that is not safe.
         RuntimeError: A callback ended the fit early.
     """
+    for callback in callbacks:
+        writes = [name for name in ("patch_file", "save_mask") if getattr(callback, name, None) is not None]
+        if isinstance(callback, SafetyMonitor | SafetyReport | pl.callbacks.Checkpoint) or writes:
+            raise ValueError(
+                f"`callbacks` expected none that writes files but got {type(callback).__name__}"
+                f"{f' with `{writes[0]}`' if writes else ''}. Leave that out: a study looks by itself, and keeps"
+                " neither weights nor replies."
+            )
     pl.seed_everything(seed, verbose=False)
     module = make_module()
     looking = LookingOn(at, look, start_share)

@@ -117,18 +117,18 @@ def test_subspaces(tmp_path: Path) -> None:
     found = {
         "aligned": look(5),
         "useful/whole": look(30, 18.0),
-        "useful/top-parallel-0.5": look(8, 19.0, energy_kept=0.25),
-        "useful/top-parallel-0.01": look(6, 19.5, energy_kept=0.05),
-        "useful/random_own-orthogonal-0.5": look(29, 18.5, energy_kept=0.75),
+        "useful/top-parallel-0.5": look(8, 19.0, energy_kept=0.25, capped=3, matrices=9),
+        "useful/top-parallel-0.01": look(6, 19.5, energy_kept=0.05, capped=1, matrices=9),
+        "useful/random_own-orthogonal-0.5": look(29, 18.5, energy_kept=0.75, capped=3, matrices=9),
         "overlaps": {"pairs": {"useful | harmful": [{"energy": 0.5, "overlap": 0.2, "overlap_random": 0.1}]}},
     }
     text = WRITERS["subspaces"](results(found), tmp_path)
-    assert [row[:3] for row in rows(text)[1:6]] == [
-        ["aligned, no update", "", "–"],
-        ["whole update", "", "1.000"],
-        ["parallel, top", "0.5", "0.250"],
-        ["parallel, top", "0.01", "0.050"],
-        ["orthogonal, random_own", "0.5", "0.750"],
+    assert [row[:4] for row in rows(text)[1:6]] == [
+        ["aligned, no update", "", "", "–"],
+        ["whole update", "", "", "1.000"],
+        ["parallel, top", "0.5", "3 of 9", "0.250"],
+        ["parallel, top", "0.01", "1 of 9", "0.050"],
+        ["orthogonal, random_own", "0.5", "3 of 9", "0.750"],
     ]
     assert rows(text)[-1] == ["useful and harmful", "0.200 (0.100)"]
     assert [path.name for path in tmp_path.glob("*.png")] == ["projected-useful.png"]

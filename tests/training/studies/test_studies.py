@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         model.save_pretrained(folder)
         make_tiny_tokenizer().save_pretrained(folder)
     return folders
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_written_elsewhere(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    here = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(here)
+    yield
+    assert list(here.rglob("*")) == []
 
 
 def run(study: str, output: Path, *words: str) -> dict[str, dict[str, Any]]:
@@ -84,6 +95,47 @@ def test_perturb(models: tuple[Path, Path], tmp_path: Path) -> None:
     assert values["top/1"] == values["random/1"] != values["before"]
     again = run("perturb", tmp_path / "again", *words, "--only", "random/0.01")
     assert again["random/0.01"]["perplexity"] == found["random/0.01"]["perplexity"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cells_that_are_not_asked_for_must_be_of_the_same_settings(
+    models: tuple[Path, Path], tmp_path: Path, capsys: Any
+) -> None:
+    words = [f"--source={models[0]}", "--prompts=2", "--fractions=[0.1]"]
+    run("perturb", tmp_path, *words, "--only", "top")
+    plan = (tmp_path / "plan.json").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        run("perturb", tmp_path, *words, "--noise=1.0", "--only", "random")
+    assert "`noise` expected to be 0.38, which" in capsys.readouterr().err
+    # The model under the same name is another one, and nothing of the study was touched.
+    weights = models[0] / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes((models[1] / "model.safetensors").read_bytes())
+    try:
+        with pytest.raises(SystemExit):
+            run("perturb", tmp_path, *words, "--only", "random")
+    finally:
+        weights.write_bytes(before)
+    assert "`source` expected to be" in capsys.readouterr().err
+    assert (tmp_path / "plan.json").read_text(encoding="utf-8") == plan
+    # Cells of a wider plan stay in the results, and those never run are forgotten.
+    found = run("perturb", tmp_path, f"--source={models[0]}", "--prompts=2", "--fractions=[0.2]", "--only", "bottom")
+    assert set(found) == {"before", "top/0.1", "bottom/0.2"}
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| top | 10 % |" in table
+    assert "| bottom | 20 % |" in table
+    assert "- top: 0.2 (" in table
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_seeds_of_a_random_control_are_other_weights(models: tuple[Path, Path], tmp_path: Path) -> None:
+    words = [f"--source={models[0]}", "--prompts=2", "--at=[1]", "--batch_size=4", "--seeds=[0, 1]"]
+    chosen = "{class_path: lightning_safety.SafetyEnhancementTuning, init_args: {fraction: 0.5, method: random}}"
+    # One row that is always there: its order is the same.
+    words += [f"--arms.drawn={{callbacks: [{chosen}]}}", "--data.retained=[{source: harmful, limit: 1, share: 1.0}]"]
+    found = run("enhance", tmp_path, *words, "--only", "drawn")
+    values = [found[f"seed-{seed}/drawn"]["looks"][0]["perplexity"]["value"] for seed in (0, 1)]
+    assert values[0] != values[1]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from lightning_safety.callbacks import HarmfulnessMonitor, SafetyEnhancementTuning, SafetyPreservingAdaptation
 from lightning_safety.data import known_answer_tasks, load_prompts
-from lightning_safety.training.studies.watching import LookingOn, look_at
+from lightning_safety.training.studies.watching import Look, LookingOn, fit_and_look
 from tests.callbacks.toys import OwnModule, assert_same_bits, fit, make_smallest_model, weights_of
 from tests.tiny import make_tiny_model
 
@@ -80,7 +82,8 @@ def test_a_look_judges_and_forgets(tiny_tokenizer: PreTrainedTokenizerFast) -> N
     before = weights_of(model)
     sets = {name: load_prompts(name, split="monitor", limit=n) for name, n in (("harmful", 3), ("borderline", 2))}
     answers = load_prompts("harmless", split="monitor", limit=2)
-    found = look_at(model, tiny_tokenizer, answers=answers, tasks=known_answer_tasks(4), **sets)
+    look = Look(tiny_tokenizer, answers=answers, tasks=known_answer_tasks(4), **sets)
+    found = look(model)
     assert set(found["rates"]) == {"keyword_refusal", "refusal_classifier"}
     assert found["rates"]["keyword_refusal"]["attack_success_rate"]["total"] == 3
     assert found["rates"]["keyword_refusal"]["over_refusal_rate"]["total"] == 2
@@ -88,3 +91,26 @@ def test_a_look_judges_and_forgets(tiny_tokenizer: PreTrainedTokenizerFast) -> N
     assert found["exact_match"]["total"] == 4
     assert not any(prompt.prompt in str(found) for prompts in sets.values() for prompt in prompts)
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def test_a_look_says_what_it_looks_with(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = {name: load_prompts(name, split="monitor", limit=2) for name in ("harmful", "borderline", "harmless")}
+    look = partial(Look, tiny_tokenizer, borderline=rows["borderline"], answers=rows["harmless"], tasks=[])
+    first, other = look(harmful=rows["harmful"]).settings, look(harmful=rows["harmful"][::-1]).settings
+    assert first["harmful prompts"].startswith("2 rows, ")
+    assert {name for name, value in first.items() if other[name] != value} == {"harmful prompts"}
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (HarmfulnessMonitor(), "none that writes files but got HarmfulnessMonitor"),
+        (SafetyEnhancementTuning(patch="patch.safetensors"), "got SafetyEnhancementTuning with `patch_file`"),
+        (SafetyPreservingAdaptation(save_mask="mask.safetensors"), "got SafetyPreservingAdaptation with `save_mask`"),
+        (pl.callbacks.ModelCheckpoint(), "got ModelCheckpoint"),
+    ],
+)
+def test_callbacks_that_write_files_are_refused(callback: pl.Callback, message: str) -> None:
+    options: dict[str, Any] = {"at": [1], "look": lambda model: {}, "precision": "32-true", "seed": 0}
+    with pytest.raises(ValueError, match=message):
+        fit_and_look(lambda: OwnModule(make_smallest_model()), pl.LightningDataModule(), [callback], **options)
