@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from side_by_side import parse_arguments, print_table, print_times, summary, take_turns, write_json
-from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 from training_step import (
     BATCH,
@@ -57,8 +57,8 @@ class Trainings:
         self.dense = DenseMasks(model, top, free=False)
         self.steps = {PLAIN: TrainingStep(model, plain), FUSED: TrainingStep(model, fused)}
         for way, holder in self.holders.items():
-            mask = holder.mask_gradients
-            self.steps[way] = TrainingStep(model, fused, in_backward=mask, before_step=mask)
+            again = partial(holder.mask_gradients, only_changed=True)
+            self.steps[way] = TrainingStep(model, fused, in_backward=holder.mask_gradients, before_step=again)
         for way, optimizer in ((DENSE, plain), (DENSE_FUSED, fused)):
             self.steps[way] = TrainingStep(model, optimizer, before_step=self.dense.mask_gradients)
         self._attached: WeightHolder | None = None
@@ -88,10 +88,8 @@ class Trainings:
 
         def held(holder: WeightHolder) -> Callable[[], None]:
             def run() -> None:
-                # What a backward pass does to gradients that are there: something new is in them.
-                increment_version([p.grad for p in self.model.parameters() if p.grad is not None])
                 holder.mask_gradients()
-                holder.mask_gradients()
+                holder.mask_gradients(only_changed=True)
                 holder.restore()
 
             return run

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_safety.arguments import check_positive
 from lightning_safety.callbacks.choice import Method, Minus, WeightChoice
+from lightning_safety.callbacks.gradient_edits import may_be_edited
 from lightning_safety.callbacks.log import fill_callback_metrics, leaves_files, log_to_loggers
 from lightning_safety.callbacks.planned_checks import last_step
 from lightning_safety.callbacks.selected import SelectedWeightsCallback, siblings_in
@@ -134,6 +135,7 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         super().__init__(choice, mask, tokenizer, language_model, save_mask)
         self._holders: list[WeightHolder] = []
         self._adapters: HeldLora | None = None
+        self._only_changed: bool | None = None
         self._batches = 0
 
     def _begin(self) -> None:
@@ -158,6 +160,7 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
     ) -> int:
         """Hold the weights from here on."""
         self._batches = 0
+        self._only_changed = None
         restored = self._restored if self._resumes else None
         self._chosen_at = trainer.global_step if restored is None else restored.get("chosen_at", 0)
         self._holders = [WeightHolder(mask).attach(model, trainer.optimizers)]
@@ -196,13 +199,15 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
 
     def on_before_optimizer_step(
         self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        pl_module: pl.LightningModule,  # noqa: ARG002
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         optimizer: Optimizer,  # noqa: ARG002
     ) -> None:
         """Take out what other callbacks have added to the gradients of held weights."""
+        if self._only_changed is None:
+            self._only_changed = not may_be_edited(trainer, pl_module)
         for holder in self._holders:
-            holder.mask_gradients()
+            holder.mask_gradients(only_changed=self._only_changed)
 
     def on_train_batch_end(
         self,

@@ -89,10 +89,15 @@ class WeightHolder(Releasable):
         """Memory that holding takes, in bytes: the indices and the held values."""
         return sum(held.indices.nbytes + held.values.nbytes for held in self._held)
 
-    def mask_gradients(self) -> None:
-        """Set the gradients of held weights to zero, for instance after something was added to them."""
+    def mask_gradients(self, *, only_changed: bool = False) -> None:
+        """Set the gradients of held weights to zero, for instance after something was added to them.
+
+        Args:
+            only_changed: Leave alone those that have not been written to since, which is most of the time this takes.
+                Writes through ``gradient.data`` are not noticed.
+        """
         for held in self._held:
-            held.zero_gradient()
+            held.zero_gradient(only_changed=only_changed)
 
     def restore(self) -> None:
         """Write the held values back."""
@@ -133,18 +138,14 @@ class _HeldTensor:
         required = self.parameter.requires_grad
         self.parameter.requires_grad_(True)
         try:
-            return watch_gradient(self.parameter, self.zero_new_gradient)
+            return watch_gradient(self.parameter, self.zero_gradient)
         finally:
             self.parameter.requires_grad_(required)
 
-    def zero_new_gradient(self) -> None:
-        self._zeroed = None
-        self.zero_gradient()
-
-    def zero_gradient(self) -> None:
+    def zero_gradient(self, *, only_changed: bool = False) -> None:
         gradient = dense_gradient(self.name, self.parameter)
-        # Mostly nothing has happened to it since: going through all entries again would take as long as the first time.
-        if gradient is not None and (self._zeroed is None or _state_of(gradient) != self._zeroed):
+        unchanged = only_changed and self._zeroed is not None
+        if gradient is not None and not (unchanged and _state_of(gradient) == self._zeroed):
             self._follow_device()
             # By assignment: a product with a 0/1 mask would keep NaN and infinity.
             scatter_entries(gradient, self.indices, 0.0)

@@ -13,17 +13,34 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_safety.callbacks import SafetyPreservingAdaptation, SubspaceOverlapMonitor
 from lightning_safety.processes import rank, world_size
 from tests.callbacks.processes import PROCESSES, Sharded
 from tests.callbacks.shared_fits import HARMFUL, BrokenInOne, activations, harmfulness, metrics_of
-from tests.callbacks.toys import OwnModule, make_batches, make_loader, make_smallest_model, quiet
+from tests.callbacks.toys import (
+    OwnModule,
+    assert_acted,
+    make_batches,
+    make_loader,
+    make_smallest_model,
+    mask_of_everything,
+    quiet,
+    weights_of,
+)
 from tests.spawned import run_in_processes
 from tests.tiny import make_tiny_tokenizer
 
 STEPS = 4
+
+
+def make_model() -> nn.Module:
+    return make_smallest_model(vocab_size=512, max_position_embeddings=256, tie_word_embeddings=False)
+
+
+MASK = mask_of_everything(make_model())
 
 
 def sgd(weights: Any) -> list[torch.optim.Optimizer]:
@@ -33,7 +50,7 @@ def sgd(weights: Any) -> list[torch.optim.Optimizer]:
 def fit(folder: Path, callbacks: Sequence[pl.Callback]) -> dict[str, Any]:
     """Fit alone, or as one of two processes that share the model; the rows of a step are the same."""
     torch.manual_seed(7)
-    model = make_smallest_model(vocab_size=512, max_position_embeddings=256, tie_word_embeddings=False)
+    model = make_model()
     alone = world_size() == 1
     module = (OwnModule if alone else Sharded)(model, sgd, tokenizer=make_tiny_tokenizer())
     rows = make_batches(STEPS * PROCESSES, vocabulary=512)
@@ -62,12 +79,12 @@ def outcome(folder: Path, *callbacks: pl.Callback) -> Any:
 
 
 def work(folder: Path) -> dict[str, Any]:
-    holding = [SafetyPreservingAdaptation(0.1, method="random"), harmfulness(every_n_steps=1)]
+    holding = [SafetyPreservingAdaptation(mask=MASK), harmfulness(every_n_steps=1)]
     return {
         "watched": outcome(folder / "watched", harmfulness(), activations(layers=[0, 1])),
         "without": outcome(folder / "without"),
         "held": outcome(folder / "held", *holding),
-        "fewer": outcome(folder / "fewer", harmfulness(harmful=HARMFUL[:1], borderline=HARMFUL[:1], max_new_tokens=1)),
+        "fewer": outcome(folder / "fewer", harmfulness(harmful=HARMFUL[:1], borderline=HARMFUL[:2], max_new_tokens=1)),
         "margin": outcome(folder / "margin", harmfulness(generate=False)),
         "broken judge": outcome(folder / "judge", harmfulness(judges=BrokenInOne())),
         "not supported": outcome(folder / "subspaces", SubspaceOverlapMonitor()),
@@ -116,8 +133,8 @@ def test_rates_and_margin_are_those_of_one_process(both: list[dict[str, Any]], f
     assert replies[0] == replies[1]
 
 
-def test_fewer_prompts_than_processes_and_no_replies_at_all(both: list[dict[str, Any]], tmp_path: Path) -> None:
-    few = fit(tmp_path / "few", [harmfulness(harmful=HARMFUL[:1], borderline=HARMFUL[:1], max_new_tokens=1)])
+def test_uneven_prompts_and_no_replies_at_all(both: list[dict[str, Any]], tmp_path: Path) -> None:
+    few = fit(tmp_path / "few", [harmfulness(harmful=HARMFUL[:1], borderline=HARMFUL[:2], max_new_tokens=1)])
     margin = fit(tmp_path / "margin", [harmfulness(generate=False)])
     for found in both:
         assert_alike(found["fewer"]["metrics"], few["metrics"])
@@ -130,6 +147,10 @@ def test_watching_changes_no_bit_and_holding_goes_on(both: list[dict[str, Any]])
             assert torch.equal(found["watched"]["weights"][name], weight)
         assert isinstance(found["held"], dict), found["held"]
         assert "safety/attack_success_rate" in found["held"]["metrics"]
+        start = make_model()
+        before = weights_of(start)
+        start.load_state_dict(found["held"]["weights"], strict=False)
+        assert_acted(SafetyPreservingAdaptation, start, before, MASK)
 
 
 def test_a_judge_that_fails_in_one_process_ends_both(both: list[dict[str, Any]]) -> None:

@@ -10,7 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_safety.callbacks import SafetyPreservingAdaptation
+from lightning_safety.callbacks import SafetyPreservingAdaptation, SafetyRehearsal
+from lightning_safety.callbacks.gradient_edits import may_be_edited
+from lightning_safety.scoring import RefusalLikelihood
 from tests.callbacks.toys import (
     OwnModule,
     assert_held,
@@ -18,6 +20,7 @@ from tests.callbacks.toys import (
     fit,
     make_smallest_model,
     mask_of_everything,
+    quiet,
     weights_of,
 )
 
@@ -46,14 +49,15 @@ def test_free_weights_train_as_if_held_gradients_were_zero() -> None:
         assert torch.equal(left, right)
 
 
-def test_gradients_added_by_other_callbacks_do_not_reach_held_weights() -> None:
+@pytest.mark.parametrize("traceless", [False, True], ids=["in place", "through .data"])
+def test_gradients_added_by_other_callbacks_do_not_reach_held_weights(traceless: bool) -> None:
     mask = mask_of_everything(make_smallest_model())
     norms = []
 
     class Adds(pl.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             for weight in pl_module.parameters():
-                weight.grad += 1
+                (weight.grad.data if traceless else weight.grad).add_(1)
 
     class Looks(OwnModule):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -64,6 +68,37 @@ def test_gradients_added_by_other_callbacks_do_not_reach_held_weights() -> None:
     fit(module, [Adds(), SafetyPreservingAdaptation(mask=mask)])
     assert set(norms) == {0.0}
     assert_held(module.model, weights_of(make_smallest_model()), mask)
+
+
+class Quiet(pl.Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Long after the step."""
+
+
+class AfterBackward(OwnModule):
+    def on_after_backward(self) -> None:
+        """May do anything."""
+
+
+class BeforeStep(pl.Callback):
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        """May do anything."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "callbacks", "options", "expected"),
+    [
+        (OwnModule, [], {}, False),
+        (OwnModule, [Quiet(), SafetyRehearsal(every=100, objective=RefusalLikelihood())], {}, False),
+        (OwnModule, [BeforeStep()], {}, True),
+        (AfterBackward, [], {}, True),
+        (OwnModule, [], {"manual": True}, True),
+    ],
+    ids=["nothing", "others' callbacks that come later", "a callback", "the module", "manual"],
+)
+def test_where_others_may_edit_gradients(kind: Any, callbacks: Any, options: Any, expected: bool) -> None:
+    trainer = pl.Trainer(**quiet(callbacks))
+    assert may_be_edited(trainer, kind(make_smallest_model(), **options)) is expected
 
 
 def test_optimizer_that_lightning_does_not_know_is_noticed() -> None:

@@ -67,22 +67,27 @@ def test_gradients_are_gone_through_again_only_where_something_happened_to_them(
     toy_loss(model, 0).backward()
     selected = len(written)
     assert selected == sum(indices.numel() > 0 for indices in mask.indices.values())
-    holder.mask_gradients()
+    holder.mask_gradients(only_changed=True)
     assert len(written) == selected
     held = chosen(mask, "middle.weight", 64)
     weight = model.middle.weight
     for change in (
         lambda: weight.grad.add_(1.0),
         lambda: setattr(weight, "grad", weight.grad + 1),
-        lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
+        lambda: weight.grad.view(-1)[3:].add_(1.0),
         lambda: setattr(weight, "grad", torch.full_like(weight, float("nan"))),
     ):
         change()
-        holder.mask_gradients()
+        assert weight.grad.flatten()[held].tolist() != [0.0, 0.0]
+        holder.mask_gradients(only_changed=True)
         assert weight.grad.flatten()[held].tolist() == [0.0, 0.0]
         written.clear()
-        holder.mask_gradients()
+        holder.mask_gradients(only_changed=True)
         assert written == []
+    # This leaves no trace, so it takes going through all.
+    weight.grad.data.add_(1.0)
+    holder.mask_gradients()
+    assert weight.grad.flatten()[held].tolist() == [0.0, 0.0]
     # Accumulated into once more, and in the next step.
     for clear in (False, True):
         if clear:
