@@ -21,36 +21,47 @@ _BEFORE = "before"
 
 
 def write_perturbation(results: StudyResults, output: Path) -> str:
-    """Write ``results.md`` and, with matplotlib, a figure.
+    """Write ``results.md`` and, with matplotlib, a figure for each strength of the noise.
 
     Args:
-        results: Of the cells ``before`` and ``<places>/<fraction>``.
+        results: Of the cells ``before`` and ``<standard deviations>/<places>/<fraction>``.
         output: The folder.
 
     Returns:
         The text of ``results.md``.
     """
-    looks = {name: read_look(found) for name, found in results.found.items()}
-    rows = [(_labels(name), look) for name, look in looks.items()]
-    parts = [looks_table("Noise on some weights", rows, ("places", "weights"))] if rows else []
-    curves = len(looks) > 1 and _BEFORE in looks
-    figures = {"perturbation": partial(draw_perturbation, looks)} if curves else {}
+    before = read_look(results.found[_BEFORE]) if _BEFORE in results.found else None
+    by_noise: dict[str, dict[str, Look]] = {}
+    for name, found in results.found.items():
+        noise, _, cell = name.partition("/")
+        if cell:
+            by_noise.setdefault(noise, {})[cell] = read_look(found)
+    start = [] if before is None else [(("before", ""), before)]
+    parts = [
+        looks_table(
+            f"Noise of {noise} standard deviations",
+            [*start, *((_labels(name), look) for name, look in looks.items())],
+            ("places", "weights"),
+        )
+        for noise, looks in by_noise.items()
+    ]
+    figures = {f"noise-{noise}": partial(draw_perturbation, looks, before) for noise, looks in by_noise.items()}
     return write_study("\n\n".join([*parts, results.footer]), figures, output)
 
 
-def draw_perturbation(looks: Mapping[str, Look]) -> Figure:
+def draw_perturbation(looks: Mapping[str, Look], before: Look | None) -> Figure:
     """Draw attack success and perplexity against the share of the weights that were perturbed.
 
     Args:
-        looks: By cell, ``before`` among them: a line across.
+        looks: By ``<places>/<fraction>``.
+        before: The model without noise: a line across.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     figure = new_figure(11, 4)
     attacks, answers = figure.subplots(1, 2)
-    before = looks[_BEFORE]
-    places = dict.fromkeys(name.split("/")[0] for name in looks if name != _BEFORE)
+    places = dict.fromkeys(name.split("/")[0] for name in looks)
     for colour, place in zip(LIGHT.series, places, strict=False):
         of = {float(name.split("/")[1]): look for name, look in looks.items() if name.split("/")[0] == place}
         fractions = sorted(of)
@@ -69,8 +80,9 @@ def draw_perturbation(looks: Mapping[str, Look]) -> Figure:
         )
         values = [of[fraction].perplexity[0] for fraction in fractions]
         answers.plot(shares, values, color=colour, marker="o", label=place)
-    attacks.axhline(before.first().value, color=LIGHT.quiet, linewidth=1, linestyle="--", label="without noise")
-    answers.axhline(before.perplexity[0], color=LIGHT.quiet, linewidth=1, linestyle="--", label="without noise")
+    if before is not None:
+        for axes, value in ((attacks, before.first().value), (answers, before.perplexity[0])):
+            axes.axhline(value, color=LIGHT.quiet, linewidth=1, linestyle="--", label="without noise")
     attacks.set_ylim(0, 1)
     if all(math.isfinite(look.perplexity[0]) for look in looks.values()):
         answers.set_yscale("log")
@@ -84,4 +96,4 @@ def draw_perturbation(looks: Mapping[str, Look]) -> Figure:
 
 def _labels(name: str) -> tuple[str, str]:
     place, _, fraction = name.partition("/")
-    return place, f"{100 * float(fraction):g} %" if fraction else ""
+    return place, f"{100 * float(fraction):g} %"

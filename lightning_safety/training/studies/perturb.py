@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,7 +33,7 @@ def perturb(
     *,
     places: list[Places] = ["top", "random", "bottom"],  # noqa: B006 # read, never changed
     fractions: list[float] = [0.001, 0.005, 0.01, 0.05],  # noqa: B006 # read, never changed
-    noise: float = PAPER_NOISE,
+    noise: list[float] = [PAPER_NOISE, 0.1],  # noqa: B006 # read, never changed
     harmful: PromptSource = "harmful",
     prompts: int = 100,
     limit: int | None = None,
@@ -50,12 +51,12 @@ def perturb(
         source: The model, made safe: a hub id, a folder or a GGUF file.
         places: Which weights: those of highest score, controls drawn at random, those of lowest score.
         fractions: Of the scored weights, in (0, 1].
-        noise: In standard deviations of each weight's own tensor.
+        noise: In standard deviations of each weight's own tensor; the paper's 0.38 may break more than safety.
         harmful: Prompts that should be refused: a built-in set (its ``test`` split), a file or a hub data set.
         prompts: At most so many of them, spread evenly.
         limit: At most so many other prompts and tasks of each kind. None: all.
         seed: Of the noise and of the random places.
-        only: Run these cells only, by name (``top/0.01``) or a part of it. None: run all.
+        only: Run these cells only, by name (``0.38/top/0.01``) or a part of it. None: run all.
         hours: Start no cell that is expected to end later than so many hours from now. None: run all.
         output: Folder of the results. Cells whose file is there are not run again.
 
@@ -67,7 +68,8 @@ def perturb(
         check_choice(place, "places", get_args(Places))
     for fraction in fractions:
         check_fraction(fraction, "fractions")
-    check_noise(noise)
+    for one in noise:
+        check_noise(one)
     check_positive(prompts, "prompts")
     look = make_look(source, harmful, prompts, limit=limit)
 
@@ -84,16 +86,19 @@ def perturb(
             return select_random(scores(), fraction, seed)
         return (select_top if place == "top" else select_bottom)(scores(), fraction)
 
-    def measure(place: Places, fraction: float) -> dict[str, Any]:
-        with perturbed_weights(model(), mask(place, fraction), noise=noise, seed=seed):
+    def measure(strength: float, place: Places, fraction: float) -> dict[str, Any]:
+        with perturbed_weights(model(), mask(place, fraction), noise=strength, seed=seed):
             return look(model())
 
     settings = {"source": describe_source(source), **look.settings}
     cells = [Cell("before", SECONDS_A_LOOK, lambda: look(model()), settings, always=True)]
-    settings = {**settings, "noise": noise, "seed": seed}
     cells += [
-        Cell(f"{place}/{fraction:g}", SECONDS_A_LOOK, partial(measure, place, fraction), settings)
-        for place in places
-        for fraction in fractions
+        Cell(
+            f"{strength:g}/{place}/{fraction:g}",
+            SECONDS_A_LOOK,
+            partial(measure, strength, place, fraction),
+            {**settings, "seed": seed},
+        )
+        for strength, place, fraction in itertools.product(noise, places, fractions)
     ]
     run_study_cells(cells, write_perturbation, output=output, hours=hours, only=only)

@@ -16,11 +16,11 @@ from tests.report.studies.made_up import look
 def folder(tmp_path: Path) -> Path:
     cells = tmp_path / "results" / "perturb" / "cells"
     cells.mkdir(parents=True)
-    for name in ("before", "top"):
-        (cells / f"{name}.json").write_text(
-            json.dumps({"seconds": 60.0, "machine": "one", **look(5)}), encoding="utf-8"
-        )
-    (cells.parent / "plan.json").write_text(json.dumps({"before": 60.0}), encoding="utf-8")
+    for name in ("before", "0.38/top/0.01"):
+        file = cells / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"seconds": 60.0, "machine": "one", **look(5)}), encoding="utf-8")
+    (cells.parent / "plan.json").write_text(json.dumps({"before": 60.0, "0.38/top/0.01": 60.0}), encoding="utf-8")
     return tmp_path / "results"
 
 
@@ -31,8 +31,7 @@ def test_the_page_shows_claims_notes_tables_and_what_was_not_run(
     main(["results", str(folder), "-o", str(folder.parent / "RESULTS.md")])
     text = (folder.parent / "RESULTS.md").read_text(encoding="utf-8")
     heading, table, protection = (
-        text.index(words)
-        for words in ("## Noise on", "### Noise on some weights", "## What this does not protect against")
+        text.index(words) for words in ("## Noise on", "### Noise of 0.38", "## What this does not protect against")
     )
     assert (
         heading
@@ -48,16 +47,12 @@ def test_the_page_shows_claims_notes_tables_and_what_was_not_run(
 
 
 def test_figures_are_found_from_the_page(folder: Path) -> None:
-    (folder / "perturb" / "plan.json").write_text(json.dumps({"before": 60.0, "top/0.01": 60.0}), encoding="utf-8")
-    cell = folder / "perturb" / "cells" / "top" / "0.01.json"
-    cell.parent.mkdir()
-    cell.write_text(json.dumps({"seconds": 60.0, "machine": "one", **look(9)}), encoding="utf-8")
     page = folder.parent / "pages" / "RESULTS.md"
     page.parent.mkdir()
     main(["results", str(folder), "-o", str(page)])
     text = page.read_text(encoding="utf-8")
-    assert "![perturbation](../results/perturb/perturbation.png)" in text
-    assert (page.parent / "../results/perturb/perturbation.png").exists()
+    assert "![noise-0.38](../results/perturb/noise-0.38.png)" in text
+    assert (page.parent / "../results/perturb/noise-0.38.png").exists()
 
 
 def test_a_folder_without_studies_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,15 +21,19 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_perturbation(tmp_path: Path) -> None:
-    found = {"before": look(5), "top/0.01": look(40), "random/0.01": look(6, 21.0), "random/0.05": look(9, 40.0)}
-    text = WRITERS["perturb"](results(found, **{"bottom/0.01": 1800.0}), tmp_path)
-    table = rows(text)
+    places = {"top/0.01": look(40), "random/0.01": look(6, 21.0), "random/0.05": look(9, 40.0)}
+    found = {"before": look(5), **{f"0.38/{name}": one for name, one in places.items()}, "0.1/top/0.01": look(7)}
+    text = WRITERS["perturb"](results(found, **{"0.38/bottom/0.01": 1800.0}), tmp_path)
+    strong, weak = text.split("### Noise of ")[1:]
+    assert strong.startswith("0.38 standard deviations")
+    table = rows(strong)
     assert [row[:2] for row in table[1:]] == [["before", ""], ["top", "1 %"], ["random", "1 %"], ["random", "5 %"]]
     assert table[2][2] == "0.80 [0.67, 0.89] n=50"
     assert table[2][-1] == "0.10 [0.05, 0.20] n=60"
-    assert "- bottom: 0.01 (0.50 h)" in text
-    assert (tmp_path / "perturbation.png").exists()
-    figure = draw_perturbation({name: read_look(one) for name, one in found.items()})
+    assert [row[0] for row in rows(weak)[1:]] == ["before", "top"]
+    assert "- 0.38/bottom: 0.01 (0.50 h)" in text
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["noise-0.1.png", "noise-0.38.png"]
+    figure = draw_perturbation({name: read_look(one) for name, one in places.items()}, read_look(found["before"]))
     attacks, answers = figure.axes
     curves = {container.get_label(): container.lines[0] for container in attacks.containers}
     assert list(curves) == ["top", "random"]

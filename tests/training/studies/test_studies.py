@@ -86,27 +86,27 @@ def test_pattern(models: tuple[Path, Path], tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_perturb(models: tuple[Path, Path], tmp_path: Path) -> None:
-    words = [f"--source={models[0]}", "--prompts=3", "--fractions=[0.01, 1.0]", "--noise=1.5"]
+    words = [f"--source={models[0]}", "--prompts=3", "--fractions=[0.01, 1.0]", "--noise=[1.5]"]
     found = assert_runs_once_and_keeps_no_weights("perturb", tmp_path, *words, "--only", "top", "random")
-    assert set(found) == {"before", "top/0.01", "top/1", "random/0.01", "random/1"}
+    assert set(found) == {"before", "1.5/top/0.01", "1.5/top/1", "1.5/random/0.01", "1.5/random/1"}
     assert all(set(one) >= LOOKED_AT for one in found.values())
     values = {name: one["perplexity"]["value"] for name, one in found.items()}
     # Of all weights, the highest and random ones are the same; and no cell begins with the noise of another.
-    assert values["top/1"] == values["random/1"] != values["before"]
-    again = run("perturb", tmp_path / "again", *words, "--only", "random/0.01")
-    assert again["random/0.01"]["perplexity"] == found["random/0.01"]["perplexity"]
+    assert values["1.5/top/1"] == values["1.5/random/1"] != values["before"]
+    again = run("perturb", tmp_path / "again", *words, "--only", "1.5/random/0.01")
+    assert again["1.5/random/0.01"]["perplexity"] == found["1.5/random/0.01"]["perplexity"]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_cells_that_are_not_asked_for_must_be_of_the_same_settings(
     models: tuple[Path, Path], tmp_path: Path, capsys: Any
 ) -> None:
-    words = [f"--source={models[0]}", "--prompts=2", "--fractions=[0.1]"]
+    words = [f"--source={models[0]}", "--prompts=2", "--fractions=[0.1]", "--noise=[0.38]"]
     run("perturb", tmp_path, *words, "--only", "top")
     plan = (tmp_path / "plan.json").read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
-        run("perturb", tmp_path, *words, "--noise=1.0", "--only", "random")
-    assert "`noise` expected to be 0.38, which" in capsys.readouterr().err
+        run("perturb", tmp_path, *words, "--seed=1", "--only", "random")
+    assert "`seed` expected to be 0, which" in capsys.readouterr().err
     # The model under the same name is another one, and nothing of the study was touched.
     weights = models[0] / "model.safetensors"
     before = weights.read_bytes()
@@ -119,12 +119,12 @@ def test_cells_that_are_not_asked_for_must_be_of_the_same_settings(
     assert "`source` expected to be" in capsys.readouterr().err
     assert (tmp_path / "plan.json").read_text(encoding="utf-8") == plan
     # Cells of a wider plan stay in the results, and those never run are forgotten.
-    found = run("perturb", tmp_path, f"--source={models[0]}", "--prompts=2", "--fractions=[0.2]", "--only", "bottom")
-    assert set(found) == {"before", "top/0.1", "bottom/0.2"}
+    found = run("perturb", tmp_path, *words, "--fractions=[0.2]", "--only", "bottom")
+    assert set(found) == {"before", "0.38/top/0.1", "0.38/bottom/0.2"}
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| top | 10 % |" in table
     assert "| bottom | 20 % |" in table
-    assert "- top: 0.2 (" in table
+    assert "- 0.38/top: 0.2 (" in table
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -184,8 +184,8 @@ def test_activations(models: tuple[Path, Path], tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["perturb", "--fractions=[2.0]"], "`fractions` expected to be in (0, 1] but got 2.0"),
-        (["perturb", "--noise=-1"], "`noise` expected to be"),
-        (["perturb", "--only", "topp"], "`only` expected to be one of 'before', 'top', "),
+        (["perturb", "--noise=[-1]"], "`noise` expected to be"),
+        (["perturb", "--only", "topp"], "`only` expected to be one of 'before', '0.38', 'top', "),
         (["enhance", "--at=[0]"], "`at` expected optimizer steps of at least 1 but got [0]"),
         (["enhance", "--arms.new.data=none"], "`data` expected to be one of 'retained', 'refusals' but got 'none'"),
         (["enhance", "--arms={a/b: {}}"], "`arms` expected names without a slash but got 'a/b'"),
