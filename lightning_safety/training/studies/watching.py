@@ -84,7 +84,7 @@ class Look:
     def settings(self) -> dict[str, Any]:
         """What is looked with, as the file of a cell holds it."""
         sets = ("harmful", "borderline", "answers", "tasks")
-        return {f"{name} prompts": describe_rows(getattr(self, name)) for name in sets}
+        return {name: describe_rows(getattr(self, name)) for name in sets}
 
 
 def make_look(source: str | os.PathLike[str], harmful: PromptSource, prompts: int, *, limit: int | None = None) -> Look:

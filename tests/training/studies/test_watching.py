@@ -97,8 +97,8 @@ def test_a_look_says_what_it_looks_with(tiny_tokenizer: PreTrainedTokenizerFast)
     rows = {name: load_prompts(name, split="monitor", limit=2) for name in ("harmful", "borderline", "harmless")}
     look = partial(Look, tiny_tokenizer, borderline=rows["borderline"], answers=rows["harmless"], tasks=[])
     first, other = look(harmful=rows["harmful"]).settings, look(harmful=rows["harmful"][::-1]).settings
-    assert first["harmful prompts"].startswith("2 rows, ")
-    assert {name for name, value in first.items() if other[name] != value} == {"harmful prompts"}
+    assert first["harmful"].startswith("2 rows, ")
+    assert {name for name, value in first.items() if other[name] != value} == {"harmful"}
 
 
 @pytest.mark.parametrize(
