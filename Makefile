@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check install benchmark studies studies-smoke clean
+.PHONY: quickstart test check install benchmark studies studies-smoke results clean
 
 quickstart: $(VENV)/.quickstart  ## SmolLM2-135M-Instruct made to refuse: score, tune 1 % of the weights, evaluate, report
 	$(BIN)/lightning-safety recipes run quickstart
@@ -35,13 +35,16 @@ HARMFUL ?= harmful
 STUDY := $(BIN)/lightning-safety study
 MODELS := {before: smollm2-135m-instruct, after: runs/safe}
 
-studies: runs/safe  ## Every experiment of both papers, beside controls; many hours, resumable, into results and RESULTS.md
-	$(STUDY) pattern --models "$(MODELS)"
-	$(STUDY) perturb --source runs/safe --harmful $(HARMFUL)
-	$(STUDY) enhance --harmful $(HARMFUL) --precision bf16-mixed
-	$(STUDY) preserve --source runs/safe --harmful $(HARMFUL) --precision bf16-mixed
-	$(STUDY) subspaces --aligned runs/safe --harmful $(HARMFUL) --precision bf16-mixed
-	$(STUDY) activations --models "$(MODELS)"
+studies: runs/safe  ## Every experiment of both papers, beside controls; many hours, resumable, into runs/results
+	$(STUDY) pattern --models "$(MODELS)" --output runs/results/pattern
+	$(STUDY) perturb --source runs/safe --harmful $(HARMFUL) --output runs/results/perturb
+	$(STUDY) enhance --harmful $(HARMFUL) --precision bf16-mixed --output runs/results/enhance
+	$(STUDY) preserve --source runs/safe --harmful $(HARMFUL) --precision bf16-mixed --output runs/results/preserve
+	$(STUDY) subspaces --aligned runs/safe --harmful $(HARMFUL) --precision bf16-mixed --output runs/results/subspaces
+	$(STUDY) activations --models "$(MODELS)" --output runs/results/activations
+	$(BIN)/lightning-safety results runs/results -o runs/results/RESULTS.md
+
+results: $(VENV)/.dev  ## RESULTS.md anew from what the cells in results found
 	$(BIN)/lightning-safety results results -o RESULTS.md
 
 studies-smoke: $(VENV)/.dev  ## The same on a tiny random model: everything works, its numbers mean nothing

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 
 _HOOKS = ("on_after_backward", "on_before_optimizer_step")
+_OF_MODULE = ("backward", "optimizer_step")
 _OWN = ("pytorch_lightning", "lightning", "lightning_safety")
 
 
@@ -15,10 +16,11 @@ def may_be_edited(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     By hooks of the module or of other callbacks, or in manual optimization. Such code may write through
     ``gradient.data``, which leaves no trace on the tensor.
     """
-    if not pl_module.automatic_optimization or _is_foreign(pl_module, "backward"):
+    if not pl_module.automatic_optimization or any(_is_foreign(pl_module, hook) for hook in _OF_MODULE):
         return True
     return any(_is_foreign(one, hook) for one in (pl_module, *trainer.callbacks) for hook in _HOOKS)  # type: ignore[attr-defined]
 
 
 def _is_foreign(one: object, hook: str) -> bool:
-    return getattr(type(one), hook).__module__.split(".")[0] not in _OWN
+    # Of the instance: Lightning's LambdaCallback holds functions of the user's. A partial has no module.
+    return str(getattr(getattr(one, hook), "__module__", "")).split(".")[0] not in _OWN

@@ -151,11 +151,12 @@ class CausalLanguageModule(ResumableLanguageModule):
         predictions = predict_responses(self.language_model, batch)
         loss = self._over_processes(response_loss(predictions, self.hparams["loss_average"], batch.get("weight")))
         examples = len(batch["labels"])
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=examples)
+        # Over processes: the mean of what `_over_processes` returns is the mean over all of their batches.
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=examples, sync_dist=True)
         if self.hparams["retention_weight"]:
             with self.start_model(loss.device) as start_model:
                 divergence = self._over_processes(retention_divergence(predictions, start_model, batch))
-            self.log("train/retention", divergence.detach(), batch_size=examples)
+            self.log("train/retention", divergence.detach(), batch_size=examples, sync_dist=True)
             loss = loss + self.hparams["retention_weight"] * divergence
         return loss
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import Tensor
 
 from lightning_safety.callbacks import SafetyPreservingAdaptation, SafetyRehearsal
@@ -80,6 +82,12 @@ class AfterBackward(OwnModule):
         """May do anything."""
 
 
+class OwnStep(OwnModule):
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """May do anything to gradients in the closure."""
+        super().optimizer_step(*arguments, **options)
+
+
 class BeforeStep(pl.Callback):
     def on_before_optimizer_step(self, *_: Any) -> None:
         """May do anything."""
@@ -91,10 +99,13 @@ class BeforeStep(pl.Callback):
         (OwnModule, [], {}, False),
         (OwnModule, [Quiet(), SafetyRehearsal(every=100, objective=RefusalLikelihood())], {}, False),
         (OwnModule, [BeforeStep()], {}, True),
+        (OwnModule, [LambdaCallback(on_before_optimizer_step=lambda *_: None)], {}, True),
+        (OwnModule, [LambdaCallback(on_after_backward=partial(print, "after"))], {}, True),
+        (OwnModule, [LambdaCallback(on_train_end=lambda *_: None)], {}, False),
+        (OwnStep, [], {}, True),
         (AfterBackward, [], {}, True),
         (OwnModule, [], {"manual": True}, True),
     ],
-    ids=["nothing", "others' callbacks that come later", "a callback", "the module", "manual"],
 )
 def test_where_others_may_edit_gradients(kind: Any, callbacks: Any, options: Any, expected: bool) -> None:
     trainer = pl.Trainer(**quiet(callbacks))

@@ -100,6 +100,7 @@ def fit(
         "sharded": any(isinstance(weight, DTensor) for weight in module.model.parameters()),
         "seen": seen.batches,
         "loss": float(trainer.callback_metrics["val/loss"]),
+        "trained": {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("train/")},
         "epochs": trainer.current_epoch,
     }
 
@@ -135,6 +136,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(rows: Any, options: dic
     assert_close(first["weights"], second["weights"])
     assert_close(first["weights"], alone["weights"])
     assert first["loss"] == second["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+    assert first["trained"] == second["trained"] == pytest.approx(alone["trained"], abs=1e-5)
+    assert ("train/retention" in first["trained"]) == ("retention_weight" in options)
 
 
 def test_a_resumed_fit_goes_on_with_the_rows_that_were_left(tmp_path: Path) -> None:

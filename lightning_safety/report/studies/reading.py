@@ -53,11 +53,7 @@ class StudyResults:
         for found in self.found.values():
             for name, value in found.get("settings", {}).items():
                 values.setdefault(name, []).append(value)
-        shared = {
-            name: of[0]
-            for name, of in values.items()
-            if all(one == of[0] for one in of) and isinstance(of[0], str | int | float | list)
-        }
+        shared = {name: of[0] for name, of in values.items() if all(one == of[0] for one in of) and _is_short(of[0])}
         listed = "; ".join(f"{name}: {value}" for name, value in shared.items())
         return f"Settings: {listed}." if listed else ""
 
@@ -72,6 +68,11 @@ class StudyResults:
             f"- {f'{title}: ' if title else ''}{', '.join(cells)} ({hours[title]:.2f} h)"
             for title, cells in names.items()
         ]
+
+
+def _is_short(value: Any) -> bool:
+    scalar = str | int | float | bool
+    return isinstance(value, scalar) or (isinstance(value, list) and all(isinstance(one, scalar) for one in value))
 
 
 def read_study(folder: Path) -> StudyResults:

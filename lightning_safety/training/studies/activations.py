@@ -61,7 +61,7 @@ def activations(
         for other in against
         for name, source in models.items()
     ]
-    run_study_cells(cells, write_activations, output=output, hours=hours, only=only)
+    run_study_cells(cells, write_activations, output=output, shared=options, hours=hours, only=only)
 
 
 def _digests(other: str, limit: int | None) -> dict[str, str]:

@@ -50,6 +50,7 @@ def run_study_cells(
     write: Callable[[StudyResults, Path], str],
     *,
     output: Path,
+    shared: Mapping[str, Any],
     hours: float | None = None,
     only: Collection[str] | None = None,
 ) -> None:
@@ -59,6 +60,7 @@ def run_study_cells(
         cells: All of the study, in order; their names differ.
         write: Writes tables and figures of the results into a folder, and returns the text.
         output: The folder; the cells' files are in a folder of their own in it, and so is the plan.
+        shared: Settings that cells of earlier runs in the folder must have too, to stand beside these.
         hours: Start no cell that is expected to end later than so many hours from now. None: run all.
         only: Run these cells only: a cell's name, or a part of it between slashes. None: run all.
 
@@ -78,7 +80,9 @@ def run_study_cells(
     for cell in cells:
         # All of them: those that are not asked for stand in the same tables.
         runner.read(cell)
-    _write_plan(cells, output)
+    plan = _plan_with_earlier(cells, output, shared)
+    with replace_atomically(output / PLAN) as temporary:
+        temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
     try:
         runner.run(chosen)
     finally:
@@ -88,18 +92,34 @@ def run_study_cells(
         raise RuntimeError(f"{len(runner.failed)} cells failed, the others are complete. {listed}")
 
 
-def _write_plan(cells: Sequence[Cell], output: Path) -> None:
-    """Write which cells there are; those of earlier plans stay where they have been run."""
+def _plan_with_earlier(cells: Sequence[Cell], output: Path, shared: Mapping[str, Any]) -> dict[str, float]:
+    """Return which cells there are, those of earlier plans too where they have been run.
+
+    Raises:
+        ValueError: One of these has other settings than all cells of a study share.
+    """
     plan = {cell.name: cell.estimate for cell in cells}
-    path = output / PLAN
+    path, runner = output / PLAN, Cells(output / CELLS)
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    plan |= {
-        name: estimate
-        for name, estimate in before.items()
-        if name not in plan and (output / CELLS / f"{name}.json").exists()
-    }
-    with replace_atomically(path) as temporary:
-        temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    for name, estimate in before.items():
+        if name not in plan and (found := runner.settings_of(name)) is not None:
+            _check_settings(name, output / CELLS / f"{name}.json", found, found | _common(shared, found))
+            plan[name] = estimate
+    return plan
+
+
+def _common(shared: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    # What the others are compared with, `before` say, has fewer settings.
+    return {name: value for name, value in shared.items() if name in found}
+
+
+def _check_settings(cell: str, path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"`{name}` expected to be {before.get(name)!r}, which {path} was measured with, but got"
+                f" {now.get(name)!r}. Pass another `output`, or remove the file to run {cell} again."
+            )
 
 
 class Cells:
@@ -167,23 +187,30 @@ class Cells:
         Raises:
             ValueError: Its file is damaged, or of other settings.
         """
-        path = self._path(cell)
+        found = self._load(cell.name)
+        if found is not None:
+            _check_settings(cell.name, self._path(cell.name), found.pop("settings"), cell.settings)
+        return found
+
+    def settings_of(self, name: str) -> dict[str, Any] | None:
+        """Return what a cell was measured with; None where it has not been run.
+
+        Raises:
+            ValueError: Its file is damaged.
+        """
+        found = self._load(name)
+        return None if found is None else dict(found["settings"])
+
+    def _load(self, name: str) -> dict[str, Any] | None:
+        path = self._path(name)
         if not path.exists():
             return None
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            return dict(json.loads(path.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"`{path}` expected to hold JSON but is damaged. Remove it to run {cell.name} again."
+                f"`{path}` expected to hold JSON but is damaged. Remove it to run {name} again."
             ) from error
-        before = found.pop("settings")
-        for name in {**before, **cell.settings}:
-            if before.get(name) != cell.settings.get(name):
-                raise ValueError(
-                    f"`{name}` expected to be {before.get(name)!r}, which {path} was measured with, but got"
-                    f" {cell.settings.get(name)!r}. Pass another `output`, or remove the file to run {cell.name} again."
-                )
-        return found
 
     def _scale(self, cells: Sequence[Cell]) -> float:
         """Return how many times as long as expected the complete cells took; 1 where there is none."""
@@ -193,11 +220,11 @@ class Cells:
         machine = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         seconds = time.monotonic() - begun
         content = {"settings": dict(cell.settings), "seconds": seconds, "machine": machine, **found}
-        with replace_atomically(self._path(cell)) as temporary:
+        with replace_atomically(self._path(cell.name)) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
 
-    def _path(self, cell: Cell) -> Path:
-        return self.folder / f"{cell.name}.json"
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
 
 def describe_settings(value: Any) -> Any:
@@ -231,7 +258,7 @@ def describe_rows(rows: Sequence[Example]) -> str:
 
 
 def describe_source(source: str | os.PathLike[str]) -> str:
-    """Return the name of a model, and of a folder or file a digest of what is in it.
+    """Return the name of a model, and of a folder or file a digest of what is in it, wherever it lies.
 
     Of every file, parts spread evenly are read: training changes all of them, and a large model is not read whole.
     """
@@ -247,4 +274,4 @@ def describe_source(source: str | os.PathLike[str]) -> str:
                 for part in range(_PARTS):
                     content.seek(part * max(0, size - _PART_BYTES) // (_PARTS - 1))
                     digest.update(content.read(_PART_BYTES))
-    return f"{source}, {digest.hexdigest()[:16]}"
+    return f"{path.resolve().name}, {digest.hexdigest()[:16]}"

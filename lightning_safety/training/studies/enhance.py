@@ -27,7 +27,13 @@ from lightning_safety.training.studies.cells import (
     describe_source,
     run_study_cells,
 )
-from lightning_safety.training.studies.watching import SECONDS_A_LOOK, Look, fit_and_look, make_look
+from lightning_safety.training.studies.watching import (
+    SECONDS_A_LOOK,
+    Look,
+    check_leave_no_files,
+    fit_and_look,
+    make_look,
+)
 
 _SECONDS_BESIDE, _SECONDS_A_STEP = 90.0, 4.0
 
@@ -93,6 +99,7 @@ def enhance(
         if "/" in name:
             raise ValueError(f"`arms` expected names without a slash but got {name!r}.")
         check_choice(arm.data, "data", list(data))
+        check_leave_no_files(arm.callbacks)
     if not at or min(at) < 1:
         raise ValueError(f"`at` expected optimizer steps of at least 1 but got {at}. Pass for instance `[100]`.")
     check_positive(batch_size, "batch_size")
@@ -104,6 +111,7 @@ def enhance(
     def before() -> dict[str, Any]:
         return {"looks": [{"step": 0, **look(load_causal_lm(source, dtype="float32"))}]}
 
+    shared = {**seen, "at": at, "batch_size": batch_size, "precision": precision}
     sources = {name: read_sources([dict(row) for row in mixture], "train") for name, mixture in data.items()}
     rows = {name: [f"{one.name}: {describe_rows(one.examples)}" for one in of] for name, of in sources.items()}
     cells = [Cell("before", SECONDS_A_LOOK, before, seen, always=True)]
@@ -119,7 +127,7 @@ def enhance(
             described = {"callbacks": describe_settings(arm.callbacks), "data": data[arm.data], "rows": rows[arm.data]}
             run = partial(_fit, source, _drawn_anew(arm.callbacks, seed), data[arm.data], look=look, **options)
             cells.append(Cell(f"seed-{seed}/{name}", estimate, run, seen | options | described))
-    run_study_cells(cells, write_enhancement, output=output, hours=hours, only=only)
+    run_study_cells(cells, write_enhancement, output=output, shared=shared, hours=hours, only=only)
 
 
 def _drawn_anew(callbacks: list[pl.Callback], seed: int) -> list[pl.Callback]:

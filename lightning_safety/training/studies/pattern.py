@@ -53,23 +53,23 @@ def pattern(
     """
     check_fraction(fraction)
     check_positive(resamples, "resamples")
+    shared = {
+        "prompts": describe_rows(load_prompts("harmful", split="score")[:limit]),
+        "fraction": fraction,
+        "resamples": resamples,
+        "seed": seed,
+    }
     estimate = _SECONDS_A_SCORING * (1 + resamples)
     cells = [
         Cell(
             name,
             estimate,
             partial(_measure, source, fraction, resamples, limit, seed),
-            {
-                "source": describe_source(source),
-                "prompts": describe_rows(load_prompts("harmful", split="score")[:limit]),
-                "fraction": fraction,
-                "resamples": resamples,
-                "seed": seed,
-            },
+            {"source": describe_source(source), **shared},
         )
         for name, source in models.items()
     ]
-    run_study_cells(cells, write_pattern, output=output, hours=hours, only=only)
+    run_study_cells(cells, write_pattern, output=output, shared=shared, hours=hours, only=only)
 
 
 def _measure(source: str, fraction: float, resamples: int, limit: int | None, seed: int) -> dict[str, Any]:

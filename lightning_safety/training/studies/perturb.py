@@ -101,4 +101,4 @@ def perturb(
         )
         for strength, place, fraction in itertools.product(noise, places, fractions)
     ]
-    run_study_cells(cells, write_perturbation, output=output, hours=hours, only=only)
+    run_study_cells(cells, write_perturbation, output=output, shared=settings | {"seed": seed}, hours=hours, only=only)

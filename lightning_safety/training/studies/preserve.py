@@ -29,7 +29,13 @@ from lightning_safety.training.studies.cells import (
     run_study_cells,
 )
 from lightning_safety.training.studies.rows import task_rows
-from lightning_safety.training.studies.watching import SECONDS_A_LOOK, Look, fit_and_look, make_look
+from lightning_safety.training.studies.watching import (
+    SECONDS_A_LOOK,
+    Look,
+    check_leave_no_files,
+    fit_and_look,
+    make_look,
+)
 
 Training = Literal["full", "lora"]
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -115,9 +121,10 @@ def preserve(
         ValueError: An argument is out of range, there is no such arm, or `output` holds cells of other settings.
         RuntimeError: Some cells failed; the others were run, and are in the results.
     """
-    for name in arms:
+    for name, arm in arms.items():
         if "/" in name:
             raise ValueError(f"`arms` expected names without a slash but got {name!r}.")
+        check_leave_no_files(arm.callbacks)
     for name in only or []:
         check_choice(name, "only", list(arms))
     for kind in training:
@@ -149,7 +156,8 @@ def preserve(
             "rows": describe_rows(rows[share]),
         }
         cells.append(Cell(f"{kind}/{_data_name(share)}/{name}", estimate, run, seen | options | described))
-    run_study_cells(cells, write_preservation, output=output, hours=hours, only=only)
+    shared = {**seen, "at": at, "batch_size": batch_size, "precision": precision, "seed": seed}
+    run_study_cells(cells, write_preservation, output=output, shared=shared, hours=hours, only=only)
 
 
 def _before(source: str | os.PathLike[str], look: Look) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def subspaces(
             )
     compared = {"base": describe_source(base), "energies": energies, "updates": described}
     cells.append(Cell("overlaps", _SECONDS_A_PROJECTION * len(updates), overlaps, compared))
-    run_study_cells(cells, write_subspaces, output=output, hours=hours, only=only)
+    run_study_cells(cells, write_subspaces, output=output, shared=settings | of_fit, hours=hours, only=only)
 
 
 def _weights(model: Any) -> Weights:

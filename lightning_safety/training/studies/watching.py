@@ -175,6 +175,18 @@ class LookingOn(pl.Callback):
                     model.get_parameter(name).copy_(weight)
 
 
+def check_leave_no_files(callbacks: Sequence[pl.Callback]) -> None:
+    """Raise ValueError if a callback writes files, which may hold weights or replies of a model that is not safe."""
+    for callback in callbacks:
+        writes = [name for name in ("patch_file", "save_mask") if getattr(callback, name, None) is not None]
+        if isinstance(callback, SafetyMonitor | SafetyReport | pl.callbacks.Checkpoint) or writes:
+            raise ValueError(
+                f"`callbacks` expected none that writes files but got {type(callback).__name__}"
+                f"{f' with `{writes[0]}`' if writes else ''}. Leave that out: a study looks by itself, and keeps"
+                " neither weights nor replies."
+            )
+
+
 def fit_and_look(
     make_module: Callable[[], pl.LightningModule],
     data: pl.LightningDataModule,
@@ -205,14 +217,7 @@ def fit_and_look(
         ValueError: A callback writes files, which may hold weights or replies of a model that is not safe.
         RuntimeError: A callback ended the fit early.
     """
-    for callback in callbacks:
-        writes = [name for name in ("patch_file", "save_mask") if getattr(callback, name, None) is not None]
-        if isinstance(callback, SafetyMonitor | SafetyReport | pl.callbacks.Checkpoint) or writes:
-            raise ValueError(
-                f"`callbacks` expected none that writes files but got {type(callback).__name__}"
-                f"{f' with `{writes[0]}`' if writes else ''}. Leave that out: a study looks by itself, and keeps"
-                " neither weights nor replies."
-            )
+    check_leave_no_files(callbacks)
     pl.seed_everything(seed, verbose=False)
     module = make_module()
     looking = LookingOn(at, look, start_share)

@@ -86,11 +86,13 @@ def test_pattern(models: tuple[Path, Path], tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_perturb(models: tuple[Path, Path], tmp_path: Path) -> None:
-    words = [f"--source={models[0]}", "--prompts=3", "--fractions=[0.01, 1.0]", "--noise=[1.5]"]
+    words = [f"--source={models[0]}", "--prompts=3", "--fractions=[0.01, 1.0]", "--noise=[0.1, 1.5]"]
     found = assert_runs_once_and_keeps_no_weights("perturb", tmp_path, *words, "--only", "top", "random")
-    assert set(found) == {"before", "1.5/top/0.01", "1.5/top/1", "1.5/random/0.01", "1.5/random/1"}
+    places = ("top/0.01", "top/1", "random/0.01", "random/1")
+    assert set(found) == {"before", *(f"{noise}/{place}" for noise in (0.1, 1.5) for place in places)}
     assert all(set(one) >= LOOKED_AT for one in found.values())
     values = {name: one["perplexity"]["value"] for name, one in found.items()}
+    assert all(values[f"0.1/{place}"] != values[f"1.5/{place}"] for place in places)
     # Of all weights, the highest and random ones are the same; and no cell begins with the noise of another.
     assert values["1.5/top/1"] == values["1.5/random/1"] != values["before"]
     again = run("perturb", tmp_path / "again", *words, "--only", "1.5/random/0.01")
@@ -125,6 +127,10 @@ def test_cells_that_are_not_asked_for_must_be_of_the_same_settings(
     assert "| top | 10 % |" in table
     assert "| bottom | 20 % |" in table
     assert "- 0.38/top: 0.2 (" in table
+    # But not beside others of another seed.
+    with pytest.raises(SystemExit):
+        run("perturb", tmp_path, *words, "--fractions=[0.3]", "--seed=1", "--only", "bottom")
+    assert "`seed` expected to be 0, which" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -188,6 +194,7 @@ def test_activations(models: tuple[Path, Path], tmp_path: Path) -> None:
         (["perturb", "--only", "topp"], "`only` expected to be one of 'before', '0.38', 'top', "),
         (["enhance", "--at=[0]"], "`at` expected optimizer steps of at least 1 but got [0]"),
         (["enhance", "--arms.new.data=none"], "`data` expected to be one of 'retained', 'refusals' but got 'none'"),
+        (["enhance", "--arms.top.callbacks=[{class_path: lightning_safety.HarmfulnessMonitor}]"], "none that writes"),
         (["enhance", "--arms={a/b: {}}"], "`arms` expected names without a slash but got 'a/b'"),
         (["subspaces", "--updates={useful: 1.5}"], "`contaminated` expected shares in [0, 1]"),
         (["subspaces", "--steps=0"], "`steps` expected to be at least 1 but got 0"),
