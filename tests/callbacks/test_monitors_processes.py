@@ -14,7 +14,6 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-from lightning_safety.callbacks import HarmfulnessMonitor
 from lightning_safety.processes import rank
 from tests.callbacks import subspaces
 from tests.callbacks.fits import read_lines
@@ -200,11 +199,10 @@ def test_processes_work_on_after_errors(both: list[dict[str, Any]]) -> None:
     assert str(both[0]["after all this"]) == str(both[1]["after all this"])
 
 
-@pytest.mark.parametrize("make", [HarmfulnessMonitor, activations, subspaces.make_monitor])
-def test_sharded_models_are_refused(make: Any) -> None:
+def test_sharded_models_are_refused_where_weights_are_compared() -> None:
     strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     trainer = pl.Trainer(strategy=strategy, devices=2, accelerator="cpu", logger=False)
-    monitor = make()
+    monitor = subspaces.make_monitor()
     message = rf"got ModelParallelStrategy with 2 process.*{type(monitor).__name__}.*or one of DDPStrategy"
     with pytest.raises(ValueError, match=message):
         monitor.setup(trainer, pl.LightningModule(), "fit")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from torchmetrics import MetricCollection
 
 from lightning_safety.monitoring import AttackSuccessRate, OverRefusalRate, Rate, RefusalRate, UnscoredRate, Verdict
+from tests.spawned import start
 
 HARMFUL, REFUSED, UNSCORED = Verdict(True, False), Verdict(False, True), Verdict(None, None)
 REPLIES = [HARMFUL, REFUSED, REFUSED, UNSCORED, HARMFUL, HARMFUL, REFUSED]
@@ -76,7 +77,7 @@ def _count_in_process(rank: int, store: str, results: str) -> None:
 
 
 def test_two_processes_with_uneven_shards_give_the_values_of_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(_count_in_process, args=(str(tmp_path / "store"), str(tmp_path / "results")), nprocs=2)
+    start(_count_in_process, (str(tmp_path / "store"), str(tmp_path / "results")), processes=2)
     alone = AttackSuccessRate()
     alone.update(REPLIES)
     for rank, share in enumerate((5, 2)):
