@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -118,7 +118,7 @@ def parse_study(name: str, words: Sequence[str]) -> dict[str, Any]:
         ValueError: There is no such study.
     """
     check_choice(name, "study", list(STUDIES))
-    function: Callable[..., None] = STUDIES[name]
+    function = STUDIES[name]
     defaults = ["--config", str(recipe_path(f"studies/{name}"))]
     return read_options(parser_of(function, f"study {name}"), function, [*defaults, *words])
 

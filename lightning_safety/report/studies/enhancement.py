@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_safety.drawing import new_figure
 from lightning_safety.report.colours import LIGHT
-from lightning_safety.report.studies.looks import Look, looks_table, read_look
+from lightning_safety.report.studies.looks import Look, arm_style, looks_table, read_look
 from lightning_safety.report.studies.reading import StudyResults, write_study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BEFORE = "before"
-_MARKERS = "osD^vPX*"
 
 
 def write_enhancement(results: StudyResults, output: Path) -> str:
@@ -61,20 +60,19 @@ def draw_enhancement(arms: Mapping[str, Sequence[tuple[int, Look]]], before: Loo
     for axes, judge in zip(figure.subplots(1, len(judges), squeeze=False)[0], judges, strict=True):
         for number, (arm, looks) in enumerate(arms.items()):
             rates: list[Mapping[str, Any]] = [look.rates[judge] for _, look in looks]
-            colour = LIGHT.series[number % len(LIGHT.series)]
+            style = arm_style(number, arm)
             axes.plot(
                 [of["over_refusal_rate"].value for of in rates],
                 [of["attack_success_rate"].value for of in rates],
-                color=colour,
                 linewidth=1,
-                marker=_MARKERS[number // len(LIGHT.series) % len(_MARKERS)],
-                # Controls are hollow.
-                markerfacecolor="white" if "random" in arm else colour,
                 label=arm,
+                **style,
             )
             for (step, _), of in zip(looks, rates, strict=True):
                 place = (of["over_refusal_rate"].value, of["attack_success_rate"].value)
-                axes.annotate(str(step), place, textcoords="offset points", xytext=(4, 3), fontsize=6, color=colour)
+                axes.annotate(
+                    str(step), place, textcoords="offset points", xytext=(4, 3), fontsize=6, color=style["color"]
+                )
         if before is not None:
             of = before.rates[judge]
             place = (of["over_refusal_rate"].value, of["attack_success_rate"].value)

@@ -10,9 +10,12 @@ from typing import Any
 
 from lightning_safety.monitoring.rates import Rate
 from lightning_safety.monitoring.table import markdown_table
+from lightning_safety.report.colours import LIGHT
 
 RATES = {"attack_success_rate": "attack success", "over_refusal_rate": "over-refusal"}
 MISSING = "–"
+
+_MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,13 @@ def looks_table(
         line += [MISSING if look.exact_match is None else str(look.exact_match)] if solved else []
         lines.append([*line, *(column[number] for _, column in more)])
     return "\n".join([f"### {title}", "", *markdown_table(lines)])
+
+
+def arm_style(number: int, name: str) -> dict[str, str]:
+    """Return colour and marker of the so-manieth of several arms, as matplotlib takes them; controls are hollow."""
+    colour = LIGHT.series[number % len(LIGHT.series)]
+    marker = _MARKERS[number // len(LIGHT.series) % len(_MARKERS)]
+    return {"color": colour, "marker": marker, "markerfacecolor": "white" if "random" in name else colour}
 
 
 def error_bars(rate: Rate) -> list[list[float]]:

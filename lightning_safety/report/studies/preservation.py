@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_safety.drawing import new_figure
 from lightning_safety.report.colours import LIGHT
-from lightning_safety.report.studies.looks import MISSING, Look, error_bars, looks_table, read_look
+from lightning_safety.report.studies.looks import MISSING, Look, arm_style, error_bars, looks_table, read_look
 from lightning_safety.report.studies.reading import StudyResults, write_study
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ PLAIN = "plain"
 """The arm that the others are compared with."""
 
 _COSTS = ("perplexity of the task's answers", "extra training time, preparation included")
-_MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,15 @@ def draw_front(groups: Mapping[str, Sequence[Point]], before: Point | None) -> F
 
 def _draw_point(axes: Any, place: float, point: Point, number: int) -> None:
     rate = point.look.first()
-    control = "random" in point.arm
-    colour = LIGHT.series[number % len(LIGHT.series)]
     axes.errorbar(
         place,
         rate.value,
         yerr=error_bars(rate),
-        fmt=_MARKERS[number // len(LIGHT.series) % len(_MARKERS)],
-        color=colour,
-        # Controls are hollow.
-        markerfacecolor="white" if control else colour,
-        linewidth=1,
+        # No line: there is one point.
+        linestyle="none",
+        elinewidth=1,
         label=point.arm,
+        **arm_style(number, point.arm),
     )
 
 

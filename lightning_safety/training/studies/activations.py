@@ -50,13 +50,14 @@ def activations(
         RuntimeError: Some cells failed; the others were run, and are in the results.
     """
     check_fraction(energy, "energy")
+    sources = {name: describe_source(source) for name, source in models.items()}
     options: dict[str, Any] = {"layers": layers, "energy": energy, "limit": limit, "seed": seed}
     cells = [
         Cell(
             f"{other}/{name}",
             _SECONDS_A_MODEL,
             partial(_measure, source, other, **options),
-            {"source": describe_source(source), "prompts": _digests(other, limit), **options},
+            {"source": sources[name], "prompts": _digests(other, limit), **options},
         )
         for other in against
         for name, source in models.items()

@@ -80,7 +80,7 @@ def run_study_cells(
     for cell in cells:
         # All of them: those that are not asked for stand in the same tables.
         runner.read(cell)
-    plan = _plan_with_earlier(cells, output, shared)
+    plan = _plan_with_earlier(cells, runner, output, shared)
     with replace_atomically(output / PLAN) as temporary:
         temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
     try:
@@ -92,14 +92,16 @@ def run_study_cells(
         raise RuntimeError(f"{len(runner.failed)} cells failed, the others are complete. {listed}")
 
 
-def _plan_with_earlier(cells: Sequence[Cell], output: Path, shared: Mapping[str, Any]) -> dict[str, float]:
+def _plan_with_earlier(
+    cells: Sequence[Cell], runner: Cells, output: Path, shared: Mapping[str, Any]
+) -> dict[str, float]:
     """Return which cells there are, those of earlier plans too where they have been run.
 
     Raises:
         ValueError: One of these has other settings than all cells of a study share.
     """
     plan = {cell.name: cell.estimate for cell in cells}
-    path, runner = output / PLAN, Cells(output / CELLS)
+    path = output / PLAN
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, estimate in before.items():
         if name not in plan and (found := runner.settings_of(name)) is not None:

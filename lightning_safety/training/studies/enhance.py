@@ -30,7 +30,7 @@ from lightning_safety.training.studies.cells import (
 from lightning_safety.training.studies.watching import (
     SECONDS_A_LOOK,
     Look,
-    check_leave_no_files,
+    check_arms,
     fit_and_look,
     make_look,
 )
@@ -95,13 +95,9 @@ def enhance(
         ValueError: An argument is out of range, or `output` holds cells of other settings.
         RuntimeError: Some cells failed; the others were run, and are in the results.
     """
-    for name, arm in arms.items():
-        if "/" in name:
-            raise ValueError(f"`arms` expected names without a slash but got {name!r}.")
+    check_arms({name: arm.callbacks for name, arm in arms.items()}, at)
+    for arm in arms.values():
         check_choice(arm.data, "data", list(data))
-        check_leave_no_files(arm.callbacks)
-    if not at or min(at) < 1:
-        raise ValueError(f"`at` expected optimizer steps of at least 1 but got {at}. Pass for instance `[100]`.")
     check_positive(batch_size, "batch_size")
     check_positive(prompts, "prompts")
     look = make_look(source, harmful, prompts, limit=limit)

@@ -32,7 +32,7 @@ from lightning_safety.training.studies.rows import task_rows
 from lightning_safety.training.studies.watching import (
     SECONDS_A_LOOK,
     Look,
-    check_leave_no_files,
+    check_arms,
     fit_and_look,
     make_look,
 )
@@ -121,23 +121,20 @@ def preserve(
         ValueError: An argument is out of range, there is no such arm, or `output` holds cells of other settings.
         RuntimeError: Some cells failed; the others were run, and are in the results.
     """
-    for name, arm in arms.items():
-        if "/" in name:
-            raise ValueError(f"`arms` expected names without a slash but got {name!r}.")
-        check_leave_no_files(arm.callbacks)
+    check_arms({name: arm.callbacks for name, arm in arms.items()}, at)
     for name in only or []:
         check_choice(name, "only", list(arms))
     for kind in training:
         check_choice(kind, "training", get_args(Training))
-    if not at or min(at) < 1:
-        raise ValueError(f"`at` expected optimizer steps of at least 1 but got {at}. Pass for instance `[120]`.")
     check_positive(batch_size, "batch_size")
     check_positive(prompts, "prompts")
     rows = {share: task_rows(share) for share in contaminated}
     look = make_look(source, harmful, prompts, limit=limit)
     seen = {"source": describe_source(source), **look.settings}
     estimate = _SECONDS_BESIDE + SECONDS_A_LOOK * len(at) + _SECONDS_A_STEP * max(at)
-    cells = [Cell("before", _SECONDS_BESIDE + SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]}, seen, True)]
+    cells = [
+        Cell("before", _SECONDS_BESIDE + SECONDS_A_LOOK, lambda: {"looks": [_before(source, look)]}, seen, always=True)
+    ]
     for kind, share, (name, arm) in itertools.product(training, contaminated, arms.items()):
         if kind not in arm.training:
             continue

@@ -142,6 +142,7 @@ def subspaces(
     of_fit: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size}
     of_fit |= {"precision": precision, "seed": seed}
     described = {name: settings | of_fit | {"rows": describe_rows(rows[name])} for name in updates}
+    alignment = {"base": describe_source(base)}
     for update in updates:
         whole = SECONDS_A_LOOK + _SECONDS_A_STEP * steps
         cells.append(Cell(f"{update}/whole", whole, partial(see_whole, update), described[update]))
@@ -151,10 +152,10 @@ def subspaces(
                     f"{update}/{of}-{kind}-{fraction:g}",
                     SECONDS_A_LOOK + _SECONDS_A_PROJECTION,
                     partial(projected, update, kind, of, fraction),
-                    described[update] | {"base": describe_source(base)},
+                    described[update] | alignment,
                 )
             )
-    compared = {"base": describe_source(base), "energies": energies, "updates": described}
+    compared = {**alignment, "energies": energies, "updates": described}
     cells.append(Cell("overlaps", _SECONDS_A_PROJECTION * len(updates), overlaps, compared))
     run_study_cells(cells, write_subspaces, output=output, shared=settings | of_fit, hours=hours, only=only)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -173,6 +173,21 @@ class LookingOn(pl.Callback):
             with torch.no_grad():
                 for name, weight in trained.items():
                     model.get_parameter(name).copy_(weight)
+
+
+def check_arms(arms: Mapping[str, Sequence[pl.Callback]], at: Sequence[int]) -> None:
+    """Raise ValueError unless what a study compares can be fitted, looked at, and kept by its name.
+
+    Args:
+        arms: The callbacks of each, by name.
+        at: After which optimizer steps to look.
+    """
+    for name, callbacks in arms.items():
+        if "/" in name:
+            raise ValueError(f"`arms` expected names without a slash but got {name!r}.")
+        check_leave_no_files(callbacks)
+    if not at or min(at) < 1:
+        raise ValueError(f"`at` expected optimizer steps of at least 1 but got {at}. Pass for instance `[100]`.")
 
 
 def check_leave_no_files(callbacks: Sequence[pl.Callback]) -> None:
