@@ -5,28 +5,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from lightning_safety.arguments import check_positive
 from lightning_safety.callbacks.choice import Method, Minus, WeightChoice
+from lightning_safety.callbacks.last_steps import AverageOfLastSteps, check_average_last
 from lightning_safety.callbacks.log import leaves_files
+from lightning_safety.callbacks.optimizer_states import WithoutOptimizerStates, check_saved_states
+from lightning_safety.callbacks.resume import restores_late
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
-from lightning_safety.enforcement import AveragedWeights, CompactTraining, SafetyPatch, SparseDelta, snapshot_entries
+from lightning_safety.callbacks.strategies import REPLICATED, SHARDED
+from lightning_safety.enforcement import CompactTraining, SafetyPatch, SparseDelta, snapshot_entries
 from lightning_safety.enforcement.replicas import WithoutExchange
 from lightning_safety.enforcement.sparse_delta import needs_sparse_delta
 from lightning_safety.language import find_language_model
 from lightning_safety.scoring import LeanScoring, MixtureLayout, SafetyMask, SafetyObjective
+from lightning_safety.scoring.shards import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 
 _NAMES_SHOWN = 3
 
@@ -52,8 +54,9 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
     A resumed fit trains the weights of the fit it resumes and scores nothing; its random numbers continue where the
     checkpoint was saved. Another ``fit`` with the same callback is a new fit and scores again, unless a mask is given.
     ``validate``, ``test`` and ``predict`` see the trained model. Runs on a single device and, where the base trains,
-    under DDP: the processes share out the prompts to score, and exchange gradients of selected weights only. Every
-    backward pass must reach some of these in every process.
+    under DDP, where every backward pass must reach selected weights in every process, and ``ModelParallelStrategy``
+    (FSDP2) with data parallelism alone. The processes share out the prompts to score, and exchange gradients of
+    selected weights only under DDP. A checkpoint of FSDP2 has the optimizer's state in the callback's own.
 
     Args:
         fraction: Fraction of the scored weights to train, in (0, 1]. Without effect where `mask` is given.
@@ -75,7 +78,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         show_progress: Whether a bar shows the scoring where it takes over two seconds.
         average_last: The fit ends with the mean of the weights after each of its last so many optimizer steps. Give the
             optimizer a learning rate that does not fall, and the trainer `max_steps`. Where a model stands between
-            refusing and answering changes from step to step, less so in the mean. None: no mean.
+            refusing and answering changes from step to step, less so in the mean. None: no mean. Not under FSDP2.
         patch: File to write the `SafetyPatch` to at the end of the fit: what turns the model from before the fit into
             the one after. The attribute ``patch`` is the patch itself.
 
@@ -88,6 +91,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
     """
 
     trains = True
+    strategies = (*REPLICATED, SHARDED)
 
     def __init__(
         self,
@@ -112,12 +116,12 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
     ) -> None:
         options: Any = {"mixture": mixture, "minus": minus, "lean": lean}
         choice = WeightChoice(fraction, objective, method, batch_size, seed, include, exclude, show_progress, **options)
+        self._checkpoints: WithoutOptimizerStates | None = None
         super().__init__(choice, mask, tokenizer, language_model, save_mask)
         self.average_last = None if average_last is None else check_positive(average_last, "average_last")
         self.patch_file = patch
         self._training: CompactTraining | SparseDelta | None = None
-        self._handles: list[RemovableHandle | WithoutExchange] = []
-        self._last_step = 0
+        self._exchange: WithoutExchange | None = None
 
     def _begin(self) -> None:
         super()._begin()
@@ -125,7 +129,13 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         # What a base that does not train, or an adapter's checkpoint, may not hold.
         self._trained: dict[str, Tensor] | None = None
         self._patch: SafetyPatch | None = None
-        self._average: AveragedWeights | None = None
+        self._average: AverageOfLastSteps | None = None
+        # Of a sharded model, after the fit.
+        self._optimizer_states: list[dict[str, Any]] = []
+        # Not before: the optimizers of the last fit may be saved after its end.
+        if self._checkpoints is not None:
+            self._checkpoints.remove()
+            self._checkpoints = None
 
     @property
     def patch(self) -> SafetyPatch | None:
@@ -144,12 +154,8 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         mask: SafetyMask,
     ) -> int:
         """Put the weights into the optimizers in place of the model's parameters."""
-        if self.average_last is not None and trainer.max_steps < 1:
-            raise ValueError(
-                f"`average_last={self.average_last}` expected a trainer with `max_steps`, which says when the last"
-                f" steps begin, but it is {trainer.max_steps}. Set it."
-            )
-        restored = (self._restored if self._resumes else None) or {}
+        check_average_last(self.average_last, trainer, model)
+        restored = self._resumed
         sparse = needs_sparse_delta(model, mask)
         if restored and sparse != ("trained" in restored):
             raise ValueError(
@@ -157,8 +163,8 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
                 f" selected weights {'were trained in the model' if sparse else 'were frozen or quantised'} there."
                 " Freeze and load the model as that fit did, or start a new fit from the weights."
             )
-        several = trainer.world_size > 1
-        if sparse and several:
+        several, sharded = trainer.world_size > 1, is_sharded(model.parameters())
+        if sparse and (several or sharded):
             raise ValueError(
                 f"`strategy` expected to run in one process where the base is frozen or quantised but"
                 f" {type(trainer.strategy).__name__} runs {trainer.world_size}. Pass `Trainer(devices=1,"
@@ -171,36 +177,25 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             self._before = self._training.before
         else:
             self._before = snapshot_entries(model, mask) if not restored else restored["before"]
-            self._training = CompactTraining(mask, replicated=several).attach(model, trainer.optimizers)
+            self._training = training = CompactTraining(mask, replicated=several and not sharded)
+            training.attach(model, trainer.optimizers)
+            for optimizer, state in zip(trainer.optimizers, restored.get("optimizers", ()), strict=False):
+                training.load_optimizer_state(optimizer, state)
         # Also around a single process.
         if isinstance(trainer.strategy.model, DistributedDataParallel):
-            self._handles.append(WithoutExchange(trainer.strategy.model))
+            self._exchange = WithoutExchange(trainer.strategy.model)
         if self.average_last is not None:
-            self._last_step = trainer.max_steps
-            # After those of the training itself, so that the weights are those after the step.
-            self._handles += [
-                optimizer.register_step_post_hook(partial(self._average_step, trainer))
-                for optimizer in trainer.optimizers
-            ]
+            self._average = AverageOfLastSteps(trainer, self._training, self.average_last)
         return self._training.bytes
-
-    def _average_step(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Take a step into the mean: inside of the step, so that whoever looks after the last one sees the mean."""
-        if self._average is None or self.average_last is None:
-            return
-        step = trainer.global_step + 1
-        if step > self._last_step - self.average_last:
-            self._average.add()
-        if step == self._last_step:
-            self._average.settle()
 
     def release(self) -> None:
         """Stop training; the model is the trained one."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for handle in (self._average, self._exchange):
+            if handle is not None:
+                handle.remove()
+        self._exchange = None
         if isinstance(self._training, SparseDelta):
-            self._trained = {name: values.cpu() for name, values in self._training.entries().items()}
+            self._trained = _on_cpu(self._training.entries())
             self._training.settle()
         elif self._training is not None:
             self._training.release()
@@ -211,10 +206,24 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         state = super().state_dict()
         if not state:
             return state
-        average = {} if self._average is None else {"average": self._average.state_dict()}
-        trained = self._training.entries() if isinstance(self._training, SparseDelta) else self._trained
-        beside = {} if trained is None else {"trained": {name: values.cpu() for name, values in trained.items()}}
-        return {**state, "before": dict(self._before), **beside, **average}
+        average = None if self._average is None else self._average.state_dict()
+        trained = _on_cpu(self._training.entries()) if isinstance(self._training, SparseDelta) else self._trained
+        beside = {"before": dict(self._before), "average": average, "trained": trained}
+        return state | {name: value for name, value in beside.items() if value is not None}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the optimizers' states of a sharded model."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state and self._checkpoints is not None:
+            state["optimizers"] = self._states_of_all(trainer) or self._optimizer_states
+
+    def _states_of_all(self, trainer: pl.Trainer) -> list[dict[str, Any]]:
+        if self._checkpoints is None or not isinstance(self._training, CompactTraining):
+            return []
+        return [self._training.optimizer_state(optimizer) for optimizer in trainer.optimizers]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -226,17 +235,14 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             model = find_language_model(pl_module, self.language_model)
             SparseDelta(SafetyMask.from_state_dict(state["mask"])).apply(model, state["trained"])
             self._trained = dict(state["trained"])
-        if trainer.state.fn != "fit" or state is not None:
-            return
-        states = [
-            state for optimizer in checkpoint.get("optimizer_states", ()) for state in optimizer["state"].values()
-        ]
-        if any(isinstance(value, Tensor) and value.dim() > 1 for state in states for value in state.values()):
-            raise ValueError(
-                f"`ckpt_path` expected to be a checkpoint of a fit with {type(self).__name__} but its optimizer trained"
-                " whole tensors. Start a new fit from its weights: load them with `load_from_checkpoint`, and leave"
-                " `ckpt_path` out."
-            )
+        if trainer.state.fn == "fit":
+            check_saved_states(checkpoint, state, type(self).__name__, sharded=self._checkpoints is not None)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the weights and begin to train them; where a checkpoint is loaded after this, after that."""
+        if restores_late(trainer):
+            self._checkpoints = WithoutOptimizerStates(trainer.strategy)
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the values from the model once more: a learning rate finder trains and puts the model back."""
@@ -247,21 +253,13 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             self._training.rewind()
         else:
             self._training.refresh()
-        if self.average_last is not None:
-            self._average = AveragedWeights(self._training)
-            restored = self._restored if self._resumes else None
-            if restored is not None and "average" in restored:
-                self._average.load_state_dict(restored["average"])
+        if self._average is not None:
+            self._average.begin(self._resumed.get("average"))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Settle for the mean of fewer steps where the fit ended earlier than planned."""
-        if self._average is None or trainer.global_step >= self._last_step:
-            return
-        self._average.settle()
-        rank_zero_warn(
-            f"{type(self).__name__}: the fit ended after {trainer.global_step} of {self._last_step} steps, so"
-            f" {self._average.steps} are averaged instead of the last {self.average_last}."
-        )
+        if self._average is not None:
+            self._average.end(type(self).__name__)
 
     def refresh(self) -> None:
         """Take the weights from the model after something else has replaced them; a mean begins anew."""
@@ -269,12 +267,13 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             return
         self._training.refresh()
         if self._average is not None:
-            self._average = AveragedWeights(self._training)
+            self._average.begin()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Make the patch, and write it if a file was given."""
         if self._training is None or self._model is None or self._mask is None:
             return
+        self._optimizer_states = self._states_of_all(trainer)
         metadata = {"made_by": type(self).__name__, "steps": str(trainer.global_step)}
         if isinstance(self._training, SparseDelta):
             self._patch = self._training.patch(metadata)
@@ -295,3 +294,7 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
                 f" weights stand still: {', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''}."
                 " They are experts that no token reached, or the model uses their weights without calling the layer."
             )
+
+
+def _on_cpu(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.cpu() for name, values in entries.items()}

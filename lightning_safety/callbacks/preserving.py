@@ -161,8 +161,7 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         """Hold the weights from here on."""
         self._batches = 0
         self._only_changed = None
-        restored = self._restored if self._resumes else None
-        self._chosen_at = trainer.global_step if restored is None else restored.get("chosen_at", 0)
+        self._chosen_at = self._resumed.get("chosen_at", 0) if self._resumed else trainer.global_step
         self._holders = [WeightHolder(mask).attach(model, trainer.optimizers)]
         if not has_adapters(model):
             return self._holders[0].bytes
@@ -176,7 +175,7 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
             self._holders.append(WeightHolder(adapter_rows(model, mask)).attach(model, trainer.optimizers))
             return sum(holder.bytes for holder in self._holders)
         # A checkpoint of a fit that held these weights has adapters that were trained under it.
-        self._adapters = HeldLora(mask).attach(model, continued=self._restored is not None and self._resumes)
+        self._adapters = HeldLora(mask).attach(model, continued=bool(self._resumed))
         return self._holders[0].bytes + self._adapters.bytes
 
     def release(self) -> None:

@@ -82,6 +82,11 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
         return self._given.read() if self._mask is None else self._mask
 
     @property
+    def _resumed(self) -> dict[str, Any]:
+        """The state of the fit that is resumed; empty where none is, or its checkpoint has no such state."""
+        return (self._restored if self._resumes else None) or {}
+
+    @property
     def method(self) -> Method:
         """How the weights are chosen where no mask is given."""
         return self.choice.method
@@ -150,7 +155,7 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
         """Choose the weights, unless a checkpoint says which, and begin to act on them."""
         if not restores_late(trainer):
             self._start(trainer, pl_module)
-            self._randomness.at_fit_start(self._restored["random"] if self._resumes and self._restored else None)
+            self._randomness.at_fit_start(self._resumed.get("random"))
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         siblings = siblings_in(trainer)

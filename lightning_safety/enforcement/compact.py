@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -12,24 +12,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_safety.enforcement.entries import gather_entries, scatter_entries, selected_parameters
+from lightning_safety.enforcement.compact_tensor import TrainedTensor
+from lightning_safety.enforcement.entries import scatter_entries, selected_parameters
 from lightning_safety.enforcement.frozen import FrozenParameters
-from lightning_safety.enforcement.gradients import dense_gradient, watch_gradient
+from lightning_safety.enforcement.gradients import watch_gradient
 from lightning_safety.enforcement.optimizers import (
     check_elementwise,
     check_reports_steps,
     check_state_is_elementwise,
-    evaluated_again,
     optimized_parameters,
 )
 from lightning_safety.enforcement.releasable import Releasable
 from lightning_safety.enforcement.replicas import GradientAverage
+from lightning_safety.processes import gather
 from lightning_safety.scoring.mask import SafetyMask
+from lightning_safety.scoring.shards import gather_parts, is_sharded, local_span, reshard
 
 _NAMES_SHOWN = 5
-# CPU kernels work on vectors of up to 64 entries, and round what is left at the end of a tensor otherwise (fused AdamW,
-# and sums in bfloat16). An entry from the middle of a weight must not become one of these.
-_VECTOR = 64
 
 
 class CompactTraining(Releasable):
@@ -40,6 +39,10 @@ class CompactTraining(Releasable):
     pass hands each of them the selected entries of its tensor's gradient and frees the rest at once; after a step the
     values are written into the model. So gradients, optimizer state, clipping and scaling cover selected weights only.
     Parameters of the model without selected entries are frozen until `release`.
+
+    Of a model that FSDP2 shards, every process trains the entries that it holds, with the same number of 1-D
+    parameters, sharded as the model's are: a norm over their gradients is that of all. Whoever saves an optimizer's
+    state by the names of the model's parameters does not find them: `optimizer_state` does.
 
     Args:
         mask: The weights to train, by canonical parameter name.
@@ -61,7 +64,7 @@ class CompactTraining(Releasable):
     def __init__(self, mask: SafetyMask, *, replicated: bool = False) -> None:
         self.mask = mask
         self.replicated = replicated
-        self._trained: list[_TrainedTensor] = []
+        self._trained: list[TrainedTensor] = []
         self._handles: list[RemovableHandle | FrozenParameters] = []
         self._unchecked: set[Optimizer] = set()
 
@@ -84,10 +87,8 @@ class CompactTraining(Releasable):
         """
         self.release()
         optimizers = list(optimizers)
-        trained = [
-            _TrainedTensor(name, parameter, indices)
-            for name, parameter, indices in selected_parameters(model, self.mask)
-        ]
+        reshard(model)
+        trained = _trained_tensors(model, self.mask)
         _check_trainable(trained, optimizers)
         by_parameter = {id(tensor.parameter): tensor for tensor in trained}
         of_model = {id(parameter): parameter for parameter in model.parameters()}
@@ -106,19 +107,24 @@ class CompactTraining(Releasable):
             _average_gradients(trained)
         self._handles = [tensor.watch_gradient() for tensor in trained]
         # Of these the user's code may compute a loss that no selected weight is in.
+        freed = list(others.values())
+        if is_sharded(of_model.values()):
+            # FSDP2 has made up its mind which weights get a gradient.
+            freed += unselected
+        else:
+            self._handles.append(FrozenParameters(model, unselected))
         self._handles += [
             watch_gradient(parameter, partial(setattr, parameter, "grad", None))
-            for parameter in others.values()
+            for parameter in freed
             if parameter.requires_grad
         ]
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
-        self._handles.append(FrozenParameters(model, unselected))
         return self
 
     @property
     def bytes(self) -> int:
         """Memory of the indices and the compact parameters, in bytes; gradients and optimizer state come on top."""
-        return sum(tensor.indices.nbytes + tensor.compact.nbytes for tensor in self._trained)
+        return sum(tensor.bytes for tensor in self._trained)
 
     def refresh(self) -> None:
         """Take the values from the model again, after something else has changed it."""
@@ -126,14 +132,49 @@ class CompactTraining(Releasable):
             tensor.refresh()
 
     def entries(self) -> dict[str, Tensor]:
-        """Return the selected entries by name, as the optimizers have them: 1-D, in the weights' dtypes."""
-        return {tensor.name: tensor.compact.detach()[: tensor.indices.numel()] for tensor in self._trained}
+        """Return the selected entries by name, as the optimizers have them: 1-D, in the weights' dtypes.
+
+        Of a sharded model, those that this process holds.
+        """
+        return {tensor.name: tensor.entries for tensor in self._trained}
 
     def write(self, entries: Mapping[str, Tensor]) -> None:
-        """Give the selected entries other values, in the model and in the optimizers. 1-D, by name."""
+        """Give the selected entries other values, in the model and in the optimizers. 1-D, by name, as of `entries`."""
         for tensor in self._trained:
             scatter_entries(tensor.parameter, tensor.indices, entries[tensor.name].to(tensor.parameter.dtype))
         self.refresh()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of an optimizer, that of all processes, on the CPU. All must call it.
+
+        Returns:
+            As ``optimizer.state_dict()``, with one value for each selected entry, in the order of the mask.
+        """
+        state = optimizer.state_dict()
+        whole: dict[int, dict[str, Any]] = {}
+        for position, tensor in enumerate(self._in_order(optimizer)):
+            whole[position] = {
+                key: gather_parts(tensor.cut(value), tensor.parameter) if _is_like(value, tensor.compact) else value
+                for key, value in state["state"].get(position, {}).items()
+            }
+        return {"state": whole, "param_groups": state["param_groups"]}
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Give an optimizer what `optimizer_state` returned, in as many processes or another number."""
+        own: dict[int, dict[str, Any]] = {}
+        for position, tensor in enumerate(self._in_order(optimizer)):
+            indices = self.mask.indices[tensor.name]
+            span = local_span(indices, tensor.parameter)
+            own[position] = {
+                key: tensor.fill_up(value[span].to(tensor.indices.device)) if _is_like(value, indices) else value
+                for key, value in state["state"].get(position, {}).items()
+            }
+        optimizer.load_state_dict({"state": own, "param_groups": list(state["param_groups"])})
+
+    def _in_order(self, optimizer: Optimizer) -> list[TrainedTensor]:
+        """Return what an optimizer trains, as it numbers its parameters."""
+        by_compact = {id(tensor.compact): tensor for tensor in self._trained}
+        return [by_compact[id(parameter)] for parameter in optimized_parameters(optimizer)]
 
     def release(self) -> None:
         """Remove every hook; the model holds the trained values. Releasing twice does nothing.
@@ -154,62 +195,20 @@ class CompactTraining(Releasable):
             tensor.write_back()
 
 
-class _TrainedTensor:
-    """The selected entries of one parameter, and the 1-D parameter in which they are trained (same dtype).
-
-    Its last entries, up to 63, are zeros without gradient.
-    """
-
-    def __init__(self, name: str, parameter: torch.nn.Parameter, indices: Tensor) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.indices = indices
-        self.compact = torch.nn.Parameter(self._gather(parameter))
-        self.hand_on: Callable[[Tensor], None] = self.add_gradient
-        self._written = self.compact._version
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        """Return the selected entries of `tensor`, filled up with zeros to whole vectors."""
-        return torch.nn.functional.pad(gather_entries(tensor, self.indices), (0, -self.indices.numel() % _VECTOR))
-
-    def watch_gradient(self) -> RemovableHandle:
-        return watch_gradient(self.parameter, self.take_gradient)
-
-    def take_gradient(self) -> None:
-        """Add the selected entries of the gradient to that of the compact parameter, and free the rest."""
-        gradient = dense_gradient(self.name, self.parameter)
-        self.parameter.grad = None
-        # Lightning's toggle_optimizer switches off the parameters of other optimizers, which are the compact ones.
-        if gradient is None or not self.compact.requires_grad:
-            return
-        if self.compact._version != self._written:
-            raise evaluated_again(self.name)
-        self.hand_on(self._gather(gradient))
-
-    def add_gradient(self, entries: Tensor) -> None:
-        if self.compact.grad is None:
-            self.compact.grad = entries
-        else:
-            self.compact.grad.add_(entries)
-
-    def refresh(self) -> None:
-        with torch.no_grad():
-            self.compact.copy_(self._gather(self.parameter))
-        self._written = self.compact._version
-
-    def write_back(self) -> None:
-        scatter_entries(self.parameter, self.indices, self.compact.detach()[: self.indices.numel()])
-        self._written = self.compact._version
-
-    def compact_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's state of the whole tensor for its selected entries."""
-        return {
-            key: self._gather(value) if isinstance(value, Tensor) and value.shape == self.parameter.shape else value
-            for key, value in state.items()
-        }
+def _trained_tensors(model: torch.nn.Module, mask: SafetyMask) -> list[TrainedTensor]:
+    selected = selected_parameters(model, mask, sharded=True)
+    counts = [indices.numel() for _, _, indices in selected]
+    if is_sharded(parameter for _, parameter, _ in selected):
+        counts = [max(of_one) for of_one in zip(*gather(counts), strict=True)]
+    return [TrainedTensor(*tensor, longest) for tensor, longest in zip(selected, counts, strict=True)]
 
 
-def _average_gradients(trained: list[_TrainedTensor]) -> None:
+def _is_like(value: object, entries: Tensor) -> bool:
+    """Whether this part of an optimizer's state has one value for each of some entries."""
+    return isinstance(value, Tensor) and value.shape == entries.shape
+
+
+def _average_gradients(trained: list[TrainedTensor]) -> None:
     """Let what a backward pass gives be averaged over processes before it counts."""
 
     def receive(position: int, mean: Tensor) -> None:
@@ -220,7 +219,7 @@ def _average_gradients(trained: list[_TrainedTensor]) -> None:
         tensor.hand_on = partial(average.add, position)
 
 
-def _check_trainable(trained: list[_TrainedTensor], optimizers: list[Optimizer]) -> None:
+def _check_trainable(trained: list[TrainedTensor], optimizers: list[Optimizer]) -> None:
     """Refuse, before anything is changed, what would not train the selected weights as the user expects."""
     for optimizer in optimizers:
         check_reports_steps(optimizer)
@@ -248,7 +247,7 @@ def _check_trainable(trained: list[_TrainedTensor], optimizers: list[Optimizer])
             )
 
 
-def _replace_parameters(optimizer: Optimizer, by_parameter: dict[int, _TrainedTensor]) -> None:
+def _replace_parameters(optimizer: Optimizer, by_parameter: dict[int, TrainedTensor]) -> None:
     """Put compact parameters into the groups of `optimizer`. Groups stay, even empty: schedulers count them."""
     for group in optimizer.param_groups:
         trained = [by_parameter[id(parameter)] for parameter in group["params"] if id(parameter) in by_parameter]

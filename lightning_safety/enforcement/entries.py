@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_safety.language.find import named_weights
 from lightning_safety.language.quantized import is_quantized_weight
 from lightning_safety.scoring.mask import SafetyMask
-from lightning_safety.scoring.shards import check_shards, is_sharded, local_indices, local_part
+from lightning_safety.scoring.shards import check_shards, gather_parts, is_sharded, local_indices, local_part, reshard
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -114,9 +114,13 @@ def selected_parameters(
 def snapshot_entries(model: torch.nn.Module, mask: SafetyMask) -> dict[str, Tensor]:
     """Return copies of the selected entries, on the CPU, by tensor name; each 1-D in the dtype of its weight.
 
+    Of a model that FSDP2 shards, every process must call this, and gets those of all.
+
     Raises:
         ValueError: The mask does not fit the model.
     """
+    reshard(model)
     return {
-        name: gather_entries(parameter, indices).cpu() for name, parameter, indices in selected_parameters(model, mask)
+        name: gather_parts(gather_entries(parameter, indices), parameter)
+        for name, parameter, indices in selected_parameters(model, mask, sharded=True)
     }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from lightning_safety.processes import rank, unannounced, world_size
+from lightning_safety.processes import gather, rank, unannounced, world_size
 
 
 class ShardedScores(Mapping[str, Tensor]):
@@ -93,6 +93,25 @@ def local_indices(indices: Tensor, tensor: Tensor) -> Tensor:
     return indices_within(indices, local_start(tensor), local_part(tensor).numel())
 
 
+def local_span(indices: Tensor, tensor: Tensor) -> slice:
+    """Return which of some sorted flat indices are those that this process holds, as positions from and to."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, indices.numel())
+    return span_within(indices, local_start(tensor), local_part(tensor).numel())
+
+
+def gather_parts(part: Tensor, tensor: Tensor) -> Tensor:
+    """Return, on the CPU, values that processes have of what each holds of a tensor: one after another.
+
+    Where the tensor is sharded, every process must call this, and all get the same.
+
+    Args:
+        part: 1-D, of this process.
+        tensor: The one that the values are of.
+    """
+    return torch.cat(gather(part.cpu())) if isinstance(tensor, DTensor) else part.cpu()
+
+
 def indices_within(indices: Tensor, start: int, length: int) -> Tensor:
     """Return those of some sorted indices that lie in a run of entries, counted from its start.
 
@@ -100,8 +119,13 @@ def indices_within(indices: Tensor, start: int, length: int) -> Tensor:
         >>> indices_within(torch.tensor([1, 4, 5, 9]), 4, 5)
         tensor([0, 1])
     """
+    return indices[span_within(indices, start, length)] - start
+
+
+def span_within(indices: Tensor, start: int, length: int) -> slice:
+    """Return which of some sorted indices lie in a run of entries, as positions from and to."""
     first, last = torch.searchsorted(indices, torch.tensor([start, start + length], device=indices.device)).tolist()
-    return indices[first:last] - start
+    return slice(first, last)
 
 
 def reshard(model: nn.Module) -> None:

@@ -51,7 +51,10 @@ def fit_alone(
 def fit_together(
     folder: Path, strategy: str, make_module: Callable[[], OwnModule], make_callbacks: MakeCallbacks, **options: Any
 ) -> dict[str, Tensor]:
-    """Fit in two processes, or as many as options say, make sure that all end with the same weights, return them."""
+    """Fit in two processes, or as many as options say, make sure that all end with the same weights, return them.
+
+    With `rows_a_step`, so many rows at a step are shared out; else each process has one.
+    """
     processes = options.pop("processes", PROCESSES)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,12 +90,15 @@ def _fit_process(
     }
     torch.set_num_threads(1)
     steps, resumed = options.pop("steps"), options.pop("ckpt_path", None)
+    each = options.pop("rows_a_step", processes) // processes
     chosen: Any = strategy
-    if strategy == "fsdp2":
-        chosen = ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+    if strategy.startswith("fsdp2"):
+        sizes = {"data_parallel_size": processes, "tensor_parallel_size": 1}
+        chosen = ModelParallelStrategy(**sizes, save_distributed_checkpoint=strategy != "fsdp2, one file")
     module = make_module()
     settings = quiet(make_callbacks(), **options) | {"devices": processes, "strategy": chosen}
-    rows = make_batches(steps * processes)[rank::processes]
+    rows = make_batches(steps * processes * each)
+    rows = [torch.cat(rows[start : start + each]) for start in range(0, len(rows), each)][rank::processes]
     # With a sanity check, FSDP2 holds some weights whole when training starts.
     validation = make_loader(rows[:1]) if settings["num_sanity_val_steps"] else None
     trainer = pl.Trainer(**settings, use_distributed_sampler=False)

@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation, SafetyRehearsal
+from lightning_safety.callbacks import SafetyPreservingAdaptation, SafetyRehearsal
 from lightning_safety.scoring import ObjectiveBatch, RefusalMargin, SafetyMask
 from tests.callbacks.processes import Sharded, fit_alone, fit_together
 from tests.callbacks.toys import OwnModule, adamw, assert_acted, make_smallest_model, mask_of_everything, weights_of
@@ -123,12 +123,3 @@ def failing() -> list[Any]:
 def test_an_error_while_scoring_in_one_process_ends_both_and_is_shown(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no loss in this process"):
         fit_together(tmp_path, "fsdp2", make_resumable, failing, steps=1)
-
-
-def enhancing() -> list[Any]:
-    return [SafetyEnhancementTuning(mask=mask_of_everything(make_model()))]
-
-
-def test_enhancing_a_sharded_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="`strategy` expected to run on a single device but got ModelParallelStrategy"):
-        fit_together(tmp_path, "fsdp2", partial(make_module, Sharded), enhancing, steps=1)
