@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -233,8 +234,8 @@ def describe_settings(value: Any) -> Any:
     """Return what an object was made with, as JSON holds it, to tell whether a study was changed since.
 
     Args:
-        value: A fresh callback, say: its attributes, and theirs. Tensors are described by a digest, and what else JSON
-            does not have by its class.
+        value: A fresh callback, say: its public attributes, and theirs, and the name of its state, which says what mask
+            it was given. Tensors are described by a digest, and what else JSON does not have by its class.
     """
     if isinstance(value, str | int | float | bool | None):
         return value
@@ -249,8 +250,10 @@ def describe_settings(value: Any) -> Any:
         return sorted(map(describe_settings, value), key=str)
     if isinstance(value, Sequence):
         return [describe_settings(one) for one in value]
-    described = describe_settings(vars(value)) if hasattr(value, "__dict__") else {}
-    return {"class": type(value).__name__, **described}
+    public = {name: one for name, one in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+    if isinstance(value, pl.Callback):
+        public["state_key"] = value.state_key
+    return {"class": type(value).__name__, **describe_settings(public)}
 
 
 def describe_rows(rows: Sequence[Example]) -> str:

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lightning_safety.callbacks import SafetyPreservingAdaptation
+from lightning_safety.scoring import RefusalMargin, SafetyMask
 from lightning_safety.training.studies import Cell, Cells
+from lightning_safety.training.studies.cells import describe_settings
 
 
 def make_cells(ran: list[str], *, fails: str = "") -> list[Cell]:
@@ -120,3 +125,17 @@ def test_a_result_that_json_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
     runner.run([Cell("a", 1, lambda: {"value": float("nan")})])
     assert "JSON" in runner.failed["a"]
     assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_settings_are_what_a_callback_was_made_with_and_not_what_it_keeps() -> None:
+    described = describe_settings(SafetyPreservingAdaptation(0.05, exclude="*embed*"))
+    assert described == describe_settings(SafetyPreservingAdaptation(0.05, exclude="*embed*"))
+    assert described["choice"]["fraction"] == 0.05
+    assert not re.search(r'"_\w+":', json.dumps(described))
+    for other in (
+        SafetyPreservingAdaptation(0.05),
+        SafetyPreservingAdaptation(0.05, exclude="*embed*", method="random"),
+        SafetyPreservingAdaptation(0.05, exclude="*embed*", objective=RefusalMargin(limit=3)),
+        SafetyPreservingAdaptation(exclude="*embed*", mask=SafetyMask({"a": torch.tensor([1])}, {"a": (3,)})),
+    ):
+        assert describe_settings(other) != described
