@@ -6,21 +6,19 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
-from torch import Tensor
 
 from lightning_safety.arguments import check_positive
-from lightning_safety.data import Example, TokenizedExample, length_buckets, pad_batch
+from lightning_safety.data import Example, TokenizedExample, length_buckets
 from lightning_safety.language import find_language_model, find_tokenizer, pad_token_id
 from lightning_safety.processes import check_alike, together
 from lightning_safety.training.counters import correct_in_epoch
 from lightning_safety.training.encoding import encode_examples
-from lightning_safety.training.loader import EvaluationLoader, Position, ResumableLoader
+from lightning_safety.training.loader import Collator, EvaluationLoader, Position, ResumableLoader
 from lightning_safety.training.order import BatchOrder
 from lightning_safety.training.own_replies import encode_own_replies
 from lightning_safety.training.sources import Source, read_sources
@@ -63,6 +61,8 @@ class InstructionDataModule(pl.LightningDataModule):
             - ``own_replies``: true to learn what the start model itself replies, instead of the responses: the rows
               that keep a model as it is. Generated when the fit is set up, `max_response_tokens` long; where the model
               refuses, the written response is learned;
+            - ``unlikely``: true where the responses are what the model must not say (`response_loss`). A refusal's
+              first tokens, after prompts that only look harmful, teach when not to refuse and nothing else;
             - ``max_response_tokens``: as below, for this source;
             - ``retention``: true where `CausalLanguageModule` may apply its ``retention_weight``;
             - ``split``, ``limit``, ``prompt_column``, ``response_column``: as in `load_prompts`.
@@ -181,7 +181,7 @@ class InstructionDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of training batches: `pad_batch` tensors.
 
-        If any source says so, also ``retention``: bool [batch], and ``weight``: float32 [batch].
+        If any source says so, also ``retention`` and ``unlikely``: bool [batch], and ``weight``: float32 [batch].
         """
         return ResumableLoader(self._order(), self._collator("train"), find_position=self._find_position)
 
@@ -225,15 +225,16 @@ class InstructionDataModule(pl.LightningDataModule):
         buckets = length_buckets(lengths, self.batch_size * processes)
         return EvaluationLoader([bucket[process::processes] for bucket in buckets], self._collator(name))
 
-    def _collator(self, name: str) -> _Collator:
+    def _collator(self, name: str) -> Collator:
         assert self.tokenizer is not None
         sources = self._sources[name]
         columns: dict[str, list[Any]] = {}
-        if any(source.retention for source in sources):
-            columns["retention"] = [source.retention for source in sources]
+        for flag in ("retention", "unlikely"):
+            if any(getattr(source, flag) for source in sources):
+                columns[flag] = [getattr(source, flag) for source in sources]
         if any(source.weight != 1 for source in sources) and name == "train":
             columns["weight"] = [source.weight for source in sources]
-        return _Collator(self._rows[name], columns, pad_token_id(self.tokenizer))
+        return Collator(self._rows[name], columns, pad_token_id(self.tokenizer))
 
     def _find_position(self, loader: ResumableLoader) -> Position | None:
         trainer = self.trainer
@@ -255,36 +256,10 @@ class InstructionDataModule(pl.LightningDataModule):
         batches = len(self._order()) if name == "train" and "train" in self._rows else 0
         digest = hashlib.sha256(f"{self.batch_size * self._processes()[0]} {self.seed} {batches}".encode())
         for source, rows in zip(self._sources.get(name, ()), self._rows.get(name, ()), strict=True):
-            digest.update(f"{source.share} {source.weight} {[len(row.input_ids) for row in rows]}".encode())
+            kind = " unlikely" if source.unlikely else ""
+            digest.update(f"{source.share} {source.weight}{kind} {[len(row.input_ids) for row in rows]}".encode())
             digest.update(np.concatenate([row.input_ids for row in rows]).astype(np.int64).tobytes())
         return digest.hexdigest()
-
-
-class _Collator:
-    """Makes the batch of the rows with given indices.
-
-    Args:
-        rows: The rows of each source.
-        columns: What each row has beside its tokens: names, and a value for each source.
-        pad_token: The token to pad with.
-    """
-
-    def __init__(
-        self, rows: Sequence[Sequence[TokenizedExample]], columns: Mapping[str, Sequence[Any]], pad_token: int
-    ) -> None:
-        self._rows = [row for part in rows for row in part]
-        self._columns = {
-            name: torch.tensor([value for value, part in zip(values, rows, strict=True) for _ in part])
-            for name, values in columns.items()
-        }
-        self._pad_token = pad_token
-
-    def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        if not indices:
-            # A process may have no row left, but must take part in what the others' models do.
-            return self([0]) | {"filler": torch.tensor([True])}
-        batch = pad_batch([self._rows[index] for index in indices], pad_token_id=self._pad_token)
-        return batch | {name: values[list(indices)] for name, values in self._columns.items()}
 
 
 def _describe(value: Any) -> Any:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from lightning_safety.data import TokenizedExample, pad_batch
 from lightning_safety.training.order import BatchOrder
 
 Collate = Callable[[Sequence[int]], dict[str, Tensor]]
@@ -124,3 +126,31 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield the batches."""
         return map(self._collate, self._batches)
+
+
+class Collator:
+    """Makes the batch of the rows with given indices.
+
+    Args:
+        rows: The rows of each source.
+        columns: What each row has beside its tokens: names, and a value for each source.
+        pad_token: The token to pad with.
+    """
+
+    def __init__(
+        self, rows: Sequence[Sequence[TokenizedExample]], columns: Mapping[str, Sequence[Any]], pad_token: int
+    ) -> None:
+        self._rows = [row for part in rows for row in part]
+        self._columns = {
+            name: torch.tensor([value for value, part in zip(values, rows, strict=True) for _ in part])
+            for name, values in columns.items()
+        }
+        self._pad_token = pad_token
+
+    def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return what `pad_batch` makes of the rows, and the columns."""
+        if not indices:
+            # A process may have no row left, but must take part in what the others' models do.
+            return self([0]) | {"filler": torch.tensor([True])}
+        batch = pad_batch([self._rows[index] for index in indices], pad_token_id=self._pad_token)
+        return batch | {name: values[list(indices)] for name, values in self._columns.items()}

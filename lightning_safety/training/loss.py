@@ -15,6 +15,9 @@ from lightning_safety.language import response_logits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Nearer to certainty than this, float32 has no probability of the rest.
+_SMALLEST_SURPRISE = 1e-6
+
 
 class ResponsePredictions(NamedTuple):
     """What a model predicts where the labels are learned, row after row.
@@ -59,15 +62,28 @@ class Mean(NamedTuple):
         return self.total / torch.where(self.divisor == 0, 1, self.divisor)
 
 
-def response_loss(predictions: ResponsePredictions, average: str = "token", weights: Tensor | None = None) -> Mean:
+def response_loss(
+    predictions: ResponsePredictions,
+    average: str = "token",
+    weights: Tensor | None = None,
+    unlikely: Tensor | None = None,
+) -> Mean:
     """Return the negative log-likelihood in nats per token.
 
     Args:
         predictions: Of at least one token.
         average: ``"token"``: the mean over tokens. ``"example"``: the mean over rows of each row's mean.
         weights: How often each row counts, float [batch]. None: once.
+        unlikely: Rows whose learned tokens are what the model must not say, bool [batch]: each of their tokens counts
+            as -log(1 - p), p the probability of them all in turn (unlikelihood training, arXiv 1908.04319, of a
+            sequence). Where p is small already, that is nothing, and moves nothing. None: none.
     """
     values = functional.nll_loss(predictions.log_probabilities, predictions.targets, reduction="none")
+    if unlikely is not None:
+        rows = torch.split(values, predictions.counts.tolist())
+        values = torch.cat(
+            [_of_the_rest(row) if avoided else row for row, avoided in zip(rows, unlikely.tolist(), strict=True)]
+        )
     if average == "token":
         weights = None if weights is None else weights.repeat_interleave(predictions.counts)
     else:
@@ -78,6 +94,12 @@ def response_loss(predictions: ResponsePredictions, average: str = "token", weig
     if weights is None:
         return Mean(values.sum(), values.new_tensor(len(values)))
     return Mean((values * weights).sum(), weights.sum())
+
+
+def _of_the_rest(surprises: Tensor) -> Tensor:
+    """Return, once for each token, -log(1 - p) of tokens with these negative log-likelihoods."""
+    surprise = surprises.sum().clamp(min=_SMALLEST_SURPRISE)
+    return -torch.log(-torch.expm1(-surprise)).expand(len(surprises))
 
 
 def retention_divergence(

@@ -26,6 +26,7 @@ _KEYS = (
     "judgement",
     "retention",
     "own_replies",
+    "unlikely",
     "max_response_tokens",
     *_LOADING_KEYS,
 )
@@ -45,6 +46,7 @@ class Source:
         own_replies: Whether the start model's own replies are learned instead of the responses.
         max_response_tokens: Learn only the first so many tokens of each response; None: as the data module says.
         weight: How often each row counts in the loss.
+        unlikely: Whether the responses are what the model must not say.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Source:
     own_replies: bool = False
     max_response_tokens: int | None = None
     weight: float = 1.0
+    unlikely: bool = False
 
 
 def read_sources(value: object, argument: str) -> list[Source]:
@@ -103,7 +106,13 @@ def _read_source(entry: dict[str, Any], argument: str) -> Source:
     if "source" not in entry:
         raise ValueError(f"`{argument}` expected the key `source` in every entry but got {entry!r:.200}.")
     value = entry["source"]
-    retention, own_replies = (_flag(entry, key, argument) for key in ("retention", "own_replies"))
+    retention, own_replies, unlikely = (_flag(entry, key, argument) for key in ("retention", "own_replies", "unlikely"))
+    if unlikely and (own_replies or argument != "train"):
+        given = "`own_replies: true`, which are those it does" if own_replies else f"a source of `{argument}`"
+        raise ValueError(
+            f"`{argument}.unlikely` expected a source of `train` with responses that the model must not give but got"
+            f" {given}. Leave `unlikely` out."
+        )
     loading = {key: entry[key] for key in _LOADING_KEYS if entry.get(key) is not None}
     if isinstance(value, str | os.PathLike):
         name, examples = _load(value, loading, argument)
@@ -125,7 +134,7 @@ def _read_source(entry: dict[str, Any], argument: str) -> Source:
         _check_responses(examples, name, argument)
     if entry.get("judgement") is not None:
         examples = _as_questions(examples, entry["judgement"], own_replies, argument)
-    return Source(name, examples, entry.get("share"), retention, own_replies, limit, _weight(entry, argument))
+    return Source(name, examples, entry.get("share"), retention, own_replies, limit, _weight(entry, argument), unlikely)
 
 
 def _weight(entry: Mapping[str, Any], argument: str) -> float:

@@ -87,6 +87,19 @@ def test_weights_follow_their_rows(tiny_tokenizer: Any) -> None:
     assert data.state_dict() != unweighted.state_dict()
 
 
+def test_what_must_not_be_said_is_marked_cut_and_part_of_the_fingerprint(tiny_tokenizer: Any) -> None:
+    avoided = {"source": make_examples(6), "response": "never ever", "max_response_tokens": 1, "unlikely": True}
+    data = make_ready([{"source": make_examples(5, "other")}, avoided], tokenizer=tiny_tokenizer)
+    for batch in data.train_dataloader():
+        replies = decode_learned(tiny_tokenizer, batch)
+        assert batch["unlikely"].tolist() == [not reply.startswith("other") for reply in replies]
+        assert all((batch["labels"][batch["unlikely"]] != -100).sum(dim=1) == 1)
+    learned = make_ready(
+        [{"source": make_examples(5, "other")}, {**avoided, "unlikely": False}], tokenizer=tiny_tokenizer
+    )
+    assert data.state_dict() != learned.state_dict()
+
+
 def test_another_seed_gives_another_order(tiny_tokenizer: Any) -> None:
     def contents(seed: int) -> list[list[list[int]]]:
         data = make_ready(make_examples(30), batch_size=2, tokenizer=tiny_tokenizer, seed=seed)

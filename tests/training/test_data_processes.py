@@ -34,7 +34,8 @@ ROWS = [
 ]
 MIXTURE = [
     {"source": ROWS[:6], "share": 0.25, "retention": True},
-    {"source": ROWS[6:], "share": 0.75, "weight": 2.0},
+    {"source": ROWS[6:], "share": 0.5, "weight": 2.0},
+    {"source": ROWS[:6], "share": 0.25, "response": "No.", "max_response_tokens": 1, "unlikely": True},
 ]
 HELD_OUT = ROWS[:5]
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from lightning_safety.data import TokenizedExample, pad_batch
-from lightning_safety.training.loss import predict_responses, response_loss, retention_divergence
+from lightning_safety.training.loss import ResponsePredictions, predict_responses, response_loss, retention_divergence
 from tests.tiny import make_tiny_model
 
 
@@ -44,6 +44,38 @@ def test_a_row_of_weight_three_counts_as_three_rows(tiny_model: Any, average: st
     weighted = response_loss(predict_responses(tiny_model, batch), average, torch.tensor([1.0, 3.0, 1.0])).value
     repeated = {name: value[[0, 1, 1, 1, 2]] for name, value in batch.items()}
     torch.testing.assert_close(weighted, response_loss(predict_responses(tiny_model, repeated), average).value)
+
+
+@pytest.mark.parametrize("average", ["token", "example"])
+def test_an_unlikely_row_counts_as_the_probability_of_everything_else(tiny_model: Any, average: str) -> None:
+    batch, unlikely = make_batch(), torch.tensor([False, True, True])
+    predictions = predict_responses(tiny_model, batch)
+    single = [
+        response_loss(predict_responses(tiny_model, {name: value[row : row + 1] for name, value in batch.items()}))
+        for row in range(3)
+    ]
+    # The probability of the row's tokens is that of a sequence.
+    rest = [-torch.log(1 - torch.exp(-one.total.double())).float() for one in single]
+    losses = torch.stack([single[0].value, rest[1], rest[2]])
+    counts = torch.tensor([3.0, 6.0, 1.0]) if average == "token" else torch.ones(3)
+    found = response_loss(predictions, average, None, unlikely).value
+    torch.testing.assert_close(found, (losses * counts).sum() / counts.sum())
+    weights = torch.tensor([1.0, 1.0, 4.0])
+    weighted = response_loss(predictions, average, weights, unlikely).value
+    torch.testing.assert_close(weighted, (losses * counts * weights).sum() / (counts * weights).sum())
+
+
+def test_what_is_said_for_certain_is_unlikely_to_a_finite_loss() -> None:
+    certain = ResponsePredictions(
+        torch.tensor([[0.0, -90.0]], requires_grad=True), torch.tensor([0]), torch.tensor([1])
+    )
+    loss = response_loss(certain, unlikely=torch.tensor([True])).value
+    assert 10 < loss < 20
+    never = ResponsePredictions(torch.tensor([[0.0, -90.0]], requires_grad=True), torch.tensor([1]), torch.tensor([1]))
+    loss = response_loss(never, unlikely=torch.tensor([True])).value
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(never.log_probabilities.grad, torch.zeros(1, 2))
 
 
 def test_gradient_is_that_of_transformers(tiny_model: Any) -> None:

@@ -124,3 +124,12 @@ def test_thirds_may_be_rounded() -> None:
 def test_bad_input_is_named(value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read_sources(value, "train")
+
+
+def test_what_the_model_must_not_say_is_for_training_and_written() -> None:
+    (source,) = read_sources({"source": ROWS, "unlikely": True, "response": "No.", "weight": 2}, "train")
+    assert source.unlikely
+    assert source.weight == 2
+    for entry, argument in (({"source": "harmful"}, "val"), ({"source": ROWS, "own_replies": True}, "train")):
+        with pytest.raises(ValueError, match=rf"`{argument}.unlikely` expected a source of `train` with responses"):
+            read_sources({**entry, "unlikely": True}, argument)
