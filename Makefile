@@ -50,8 +50,8 @@ results: $(VENV)/.dev  ## RESULTS.md anew from what the cells in results found
 studies-smoke: $(VENV)/.dev  ## The same on a tiny random model: everything works, its numbers mean nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/studies
 
-runs/safe: | $(VENV)/.dev  ## The model that the quickstart makes safe
-	test -f runs/studies/patch.safetensors || $(BIN)/lightning-safety recipes run quickstart --output runs/studies
+runs/safe: | $(VENV)/.dev  ## The safe model of RESULTS.md
+	test -f runs/studies/patch.safetensors || $(BIN)/lightning-safety recipes run set_own_replies --output runs/studies
 	$(BIN)/lightning-safety patch apply smollm2-135m-instruct runs/studies/patch.safetensors -o runs/safe
 
 $(VENV)/.torch: constraints.txt

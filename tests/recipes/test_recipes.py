@@ -48,6 +48,7 @@ def test_the_recipes_are_these():
         "quickstart",
         "set_full",
         "set_lora",
+        "set_own_replies",
         "studies/activations",
         "studies/enhance",
         "studies/pattern",
@@ -94,10 +95,11 @@ def test_every_key_and_value_of_a_study_is_accepted(name):
         assert {arm.data for arm in arms} == set(configuration["data"])
 
 
-def test_the_study_of_enhancement_trains_on_what_the_quickstart_does():
-    mixture = yaml.safe_load(recipe_path("studies/enhance").read_text(encoding="utf-8"))["data"]["retained"]
-    quickstart = yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
-    assert mixture == quickstart["data"]["init_args"]["train"]
+@pytest.mark.parametrize(("data", "name"), [("unlikely", "quickstart"), ("retained", "set_own_replies")])
+def test_the_study_of_enhancement_trains_on_what_recipes_do(data, name):
+    mixture = yaml.safe_load(recipe_path("studies/enhance").read_text(encoding="utf-8"))["data"][data]
+    recipe = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))
+    assert mixture == recipe["data"]["init_args"]["train"]
 
 
 @pytest.mark.parametrize("name", STUDIES)
