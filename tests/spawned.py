@@ -33,8 +33,13 @@ def run_in_processes(folder: Path, work: Callable[[], Any], *, processes: int = 
         work: What to run.
         processes: How many.
     """
-    start(_run, (folder, work, processes), processes=processes)
+    begin_in_processes(folder, work, processes=processes, join=True)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def begin_in_processes(folder: Path, work: Callable[[], Any], *, processes: int = 2, join: bool = False) -> Any:
+    """Let processes begin with `work`, and return what holds them; arguments as of `run_in_processes`."""
+    return start(_run, (folder, work, processes), processes=processes, join=join)
 
 
 def run_although_one_dies(folder: Path, work: Callable[[], Any], *, survivor: int = 0) -> Any:
@@ -45,7 +50,7 @@ def run_although_one_dies(folder: Path, work: Callable[[], Any], *, survivor: in
         work: What to run.
         survivor: The number of the process to wait for, a minute at most.
     """
-    started = start(_run, (folder, work, 2), processes=2, join=False)
+    started = begin_in_processes(folder, work)
     started.processes[survivor].join(60)
     for process in started.processes:
         process.kill()
