@@ -24,7 +24,7 @@ from lightning_safety.callbacks.last_good import LastGoodWeights
 from lightning_safety.callbacks.log import leaves_files
 from lightning_safety.callbacks.monitor import Check, SafetyListener, SafetyMonitor, monitors_of
 from lightning_safety.callbacks.planned_checks import count_planned_checks
-from lightning_safety.callbacks.strategies import REPLICATED, check_strategy
+from lightning_safety.callbacks.strategies import REPLICATED, SHARDED, check_strategy
 from lightning_safety.monitoring.paired import check_alpha, check_margin
 from lightning_safety.monitoring.repeated import RepeatedComparison
 
@@ -51,7 +51,7 @@ class SafetyBudget(pl.Callback, SafetyListener):
     when the fit has stopped, have the restored weights. The run folder takes up to twice the size of the weights, since
     those that the last checkpoint names are kept for a resumed fit, which goes on with the same baseline and plan.
     ``fast_dev_run`` keeps them in memory. Runs on a single device and under DDP, where every process decides alike and
-    all must see the run folder.
+    all must see the run folder; under FSDP2 it warns and stops, and does not roll back.
 
     Args:
         metric: A rate of prompts that should not rise, with or without ``safety/``: ``attack_success_rate``,
@@ -144,7 +144,7 @@ class SafetyBudget(pl.Callback, SafetyListener):
         """Refuse callbacks and strategies that this cannot work with, and begin anew unless a fit is continued."""
         if stage != "fit":
             return
-        check_strategy(trainer, self, several=REPLICATED)
+        check_strategy(trainer, self, several=(*REPLICATED, SHARDED))
         bar = what_bars_a_budget(trainer, self.metric, self._siblings(trainer) if self.action == "rollback" else 0)
         if bar is not None:
             raise ValueError(bar)

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from lightning_safety.arguments import closest
 from lightning_safety.callbacks.monitor import monitors_of
+from lightning_safety.callbacks.resume import restores_late
 from lightning_safety.callbacks.together import averaging_callback
 from lightning_safety.monitoring.repeated import Comparison, RepeatedComparison
 
@@ -36,6 +37,11 @@ def what_bars_a_budget(trainer: pl.Trainer, metric: str, rolling_back: int) -> s
         return (
             "`callbacks` expected to hold one SafetyBudget that rolls back but there are several, and what is good"
             ' for one may not be for another. Give all but one `action="stop"`.'
+        )
+    if rolling_back and restores_late(trainer):
+        return (
+            f'`action="rollback"` expected a strategy that leaves the model whole but {type(trainer.strategy).__name__}'
+            ' shards it. Pass `action="stop"`, or use DDP or one device.'
         )
     averaging = averaging_callback(trainer)
     if averaging is not None and rolling_back:

@@ -16,8 +16,10 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_safety.callbacks import SafetyPreservingAdaptation, SubspaceOverlapMonitor
+from lightning_safety.callbacks import SafetyBudget, SafetyPreservingAdaptation, SubspaceOverlapMonitor
+from lightning_safety.callbacks.strategies import REPLICATED, SHARDED
 from lightning_safety.processes import rank, world_size
+from tests.callbacks.budgets import ScriptedMonitor
 from tests.callbacks.processes import PROCESSES, Sharded
 from tests.callbacks.shared_fits import HARMFUL, BrokenInOne, activations, harmfulness, metrics_of
 from tests.callbacks.toys import (
@@ -43,6 +45,15 @@ def make_model() -> nn.Module:
 MASK = mask_of_everything(make_model())
 
 
+class Scripted(ScriptedMonitor):
+    """From the second step on it finds 12 prompts harmful, in the first process."""
+
+    strategies = (*REPLICATED, SHARDED)
+
+    def __init__(self) -> None:
+        super().__init__({0: 0, 2: 12} if rank() == 0 else {0: 0}, every_n_steps=1)
+
+
 def sgd(weights: Any) -> list[torch.optim.Optimizer]:
     return [torch.optim.SGD(weights, lr=0.05, momentum=0.9)]
 
@@ -66,6 +77,7 @@ def fit(folder: Path, callbacks: Sequence[pl.Callback]) -> dict[str, Any]:
     whole = {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in weights.items()}
     return {
         "metrics": metrics_of(trainer),
+        "step": trainer.global_step,
         "weights": {name: weight.clone() for name, weight in whole.items()},
         "sharded": any(isinstance(part, FSDPModule) for part in module.model.modules()),
     }
@@ -87,6 +99,8 @@ def work(folder: Path) -> dict[str, Any]:
         "fewer": outcome(folder / "fewer", harmfulness(harmful=HARMFUL[:1], borderline=HARMFUL[:2], max_new_tokens=1)),
         "margin": outcome(folder / "margin", harmfulness(generate=False)),
         "broken judge": outcome(folder / "judge", harmfulness(judges=BrokenInOne())),
+        "budget": outcome(folder / "budget", SafetyBudget(action="stop"), Scripted()),
+        "rolling back": outcome(folder / "rollback", SafetyBudget(action="rollback"), Scripted()),
         "not supported": outcome(folder / "subspaces", SubspaceOverlapMonitor()),
     }
 
@@ -162,3 +176,10 @@ def test_a_judge_that_fails_in_one_process_ends_both(both: list[dict[str, Any]])
 def test_a_monitor_that_compares_weights_is_refused(both: list[dict[str, Any]]) -> None:
     for found in both:
         assert "`strategy` expected to run on a single device but got ModelParallelStrategy" in found["not supported"]
+
+
+def test_a_budget_stops_both_and_does_not_roll_back(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert found["without"]["step"] == STEPS
+        assert found["budget"]["step"] == 2
+        assert '`action="rollback"` expected a strategy that leaves the model whole' in found["rolling back"]
