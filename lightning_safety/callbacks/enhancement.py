@@ -16,7 +16,7 @@ from lightning_safety.arguments import check_positive
 from lightning_safety.callbacks.choice import Method, Minus, WeightChoice
 from lightning_safety.callbacks.last_steps import AverageOfLastSteps, check_average_last
 from lightning_safety.callbacks.log import leaves_files
-from lightning_safety.callbacks.optimizer_states import WithoutOptimizerStates, check_saved_states
+from lightning_safety.callbacks.optimizer_states import LoadedElsewhere, SavedElsewhere, check_base, check_saved_states
 from lightning_safety.callbacks.resume import restores_late
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.callbacks.strategies import REPLICATED, SHARDED
@@ -116,7 +116,8 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
     ) -> None:
         options: Any = {"mixture": mixture, "minus": minus, "lean": lean}
         choice = WeightChoice(fraction, objective, method, batch_size, seed, include, exclude, show_progress, **options)
-        self._checkpoints: WithoutOptimizerStates | None = None
+        self._saved: SavedElsewhere | None = None
+        self._loaded: LoadedElsewhere | None = None
         super().__init__(choice, mask, tokenizer, language_model, save_mask)
         self.average_last = None if average_last is None else check_positive(average_last, "average_last")
         self.patch_file = patch
@@ -130,12 +131,12 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         self._trained: dict[str, Tensor] | None = None
         self._patch: SafetyPatch | None = None
         self._average: AverageOfLastSteps | None = None
-        # Of a sharded model, after the fit.
-        self._optimizer_states: list[dict[str, Any]] = []
-        # Not before: the optimizers of the last fit may be saved after its end.
-        if self._checkpoints is not None:
-            self._checkpoints.remove()
-            self._checkpoints = None
+        # Of a sharded model: the optimizers of the last fit may be saved after its end.
+        self._optimizer_states: list[dict[str, Any]] | None = None
+        for handle in (self._saved, self._loaded):
+            if handle is not None:
+                handle.remove()
+        self._saved = self._loaded = None
 
     @property
     def patch(self) -> SafetyPatch | None:
@@ -157,19 +158,8 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         check_average_last(self.average_last, trainer, model)
         restored = self._resumed
         sparse = needs_sparse_delta(model, mask)
-        if restored and sparse != ("trained" in restored):
-            raise ValueError(
-                "`ckpt_path` expected to be a checkpoint of a fit whose base was frozen or quantised alike, but the"
-                f" selected weights {'were trained in the model' if sparse else 'were frozen or quantised'} there."
-                " Freeze and load the model as that fit did, or start a new fit from the weights."
-            )
         several, sharded = trainer.world_size > 1, is_sharded(model.parameters())
-        if sparse and (several or sharded):
-            raise ValueError(
-                f"`strategy` expected to run in one process where the base is frozen or quantised but"
-                f" {type(trainer.strategy).__name__} runs {trainer.world_size}. Pass `Trainer(devices=1,"
-                ' strategy="auto")`, or unfreeze the selected weights.'
-            )
+        check_base(trainer, restored, sparse=sparse, sharded=sharded)
         if sparse:
             self._training = SparseDelta(mask).attach(
                 model, trainer.optimizers, trained=restored.get("trained"), before=restored.get("before")
@@ -179,8 +169,12 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             self._before = snapshot_entries(model, mask) if not restored else restored["before"]
             self._training = training = CompactTraining(mask, replicated=several and not sharded)
             training.attach(model, trainer.optimizers)
-            for optimizer, state in zip(trainer.optimizers, restored.get("optimizers", ()), strict=False):
-                training.load_optimizer_state(optimizer, state)
+            states = restored.pop("optimizers", None)
+            if states is not None:
+                for optimizer, state in zip(trainer.optimizers, states, strict=True):
+                    training.load_optimizer_state(optimizer, state)
+            if sharded:
+                self._saved = SavedElsewhere(trainer.strategy, trainer.optimizers)
         # Also around a single process.
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             self._exchange = WithoutExchange(trainer.strategy.model)
@@ -217,12 +211,14 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
         """Add the optimizers' states of a sharded model."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         state = checkpoint["callbacks"].get(self.state_key)
-        if state and self._checkpoints is not None:
-            state["optimizers"] = self._states_of_all(trainer) or self._optimizer_states
+        if state and self._saved is not None:
+            found = self._states_of_all(trainer)
+            # After an error there are none, and whoever resumes the checkpoint hears so.
+            state |= {} if found is None else {"optimizers": found}
 
-    def _states_of_all(self, trainer: pl.Trainer) -> list[dict[str, Any]]:
-        if self._checkpoints is None or not isinstance(self._training, CompactTraining):
-            return []
+    def _states_of_all(self, trainer: pl.Trainer) -> list[dict[str, Any]] | None:
+        if self._saved is None or not isinstance(self._training, CompactTraining) or trainer.interrupted:
+            return self._optimizer_states
         return [self._training.optimizer_state(optimizer) for optimizer in trainer.optimizers]
 
     def on_load_checkpoint(
@@ -236,16 +232,18 @@ class SafetyEnhancementTuning(SelectedWeightsCallback):
             SparseDelta(SafetyMask.from_state_dict(state["mask"])).apply(model, state["trained"])
             self._trained = dict(state["trained"])
         if trainer.state.fn == "fit":
-            check_saved_states(checkpoint, state, type(self).__name__, sharded=self._checkpoints is not None)
+            check_saved_states(checkpoint, state, self._similar_states, self.state_key, sharded=restores_late(trainer))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the weights and begin to train them; where a checkpoint is loaded after this, after that."""
         if restores_late(trainer):
-            self._checkpoints = WithoutOptimizerStates(trainer.strategy)
+            self._loaded = LoadedElsewhere(trainer.strategy)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the values from the model once more: a learning rate finder trains and puts the model back."""
+        if self._loaded is not None:
+            self._loaded.remove()
         super().on_train_start(trainer, pl_module)
         if self._training is None:
             return

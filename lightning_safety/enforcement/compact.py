@@ -24,7 +24,7 @@ from lightning_safety.enforcement.optimizers import (
 )
 from lightning_safety.enforcement.releasable import Releasable
 from lightning_safety.enforcement.replicas import GradientAverage
-from lightning_safety.processes import gather
+from lightning_safety.processes import gather, rank
 from lightning_safety.scoring.mask import SafetyMask
 from lightning_safety.scoring.shards import gather_parts, is_sharded, local_span, reshard
 
@@ -145,19 +145,23 @@ class CompactTraining(Releasable):
         self.refresh()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state of an optimizer, that of all processes, on the CPU. All must call it.
+        """Return the state of an optimizer, that of all processes, in the first of them. All must call it.
 
         Returns:
-            As ``optimizer.state_dict()``, with one value for each selected entry, in the order of the mask.
+            As ``optimizer.state_dict()``, with one value for each selected entry, on the CPU in the order of the mask.
+            In other processes nothing, so that a machine holds it once.
         """
         state = optimizer.state_dict()
         whole: dict[int, dict[str, Any]] = {}
         for position, tensor in enumerate(self._in_order(optimizer)):
-            whole[position] = {
+            found = {
+                # One tensor at a time, in every process.
                 key: gather_parts(tensor.cut(value), tensor.parameter) if _is_like(value, tensor.compact) else value
                 for key, value in state["state"].get(position, {}).items()
             }
-        return {"state": whole, "param_groups": state["param_groups"]}
+            if rank() == 0:
+                whole[position] = found
+        return {"state": whole, "param_groups": state["param_groups"]} if rank() == 0 else {}
 
     def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Give an optimizer what `optimizer_state` returned, in as many processes or another number."""
@@ -174,7 +178,14 @@ class CompactTraining(Releasable):
     def _in_order(self, optimizer: Optimizer) -> list[TrainedTensor]:
         """Return what an optimizer trains, as it numbers its parameters."""
         by_compact = {id(tensor.compact): tensor for tensor in self._trained}
-        return [by_compact[id(parameter)] for parameter in optimized_parameters(optimizer)]
+        found = [by_compact.get(id(parameter)) for parameter in optimized_parameters(optimizer)]
+        known = [tensor for tensor in found if tensor is not None]
+        if len(known) < len(found):
+            raise ValueError(
+                f"`optimizer` expected to hold selected weights alone but {len(found) - len(known)} other parameters"
+                " were added during the fit. Under a strategy that shards the model, let its groups be as they are."
+            )
+        return known
 
     def release(self) -> None:
         """Remove every hook; the model holds the trained values. Releasing twice does nothing.

@@ -83,6 +83,8 @@ class SafetyPatch:
     ) -> SafetyPatch:
         """Return the patch from the values `before` to those that `model` holds now.
 
+        Of a model that FSDP2 shards, every process must call this.
+
         Args:
             model: The trained model, or a wrapper of it.
             mask: The weights that were trained.

@@ -61,8 +61,9 @@ class InstructionDataModule(pl.LightningDataModule):
             - ``own_replies``: true to learn what the start model itself replies, instead of the responses: the rows
               that keep a model as it is. Generated when the fit is set up, `max_response_tokens` long; where the model
               refuses, the written response is learned;
-            - ``unlikely``: true where the responses are what the model must not say (`response_loss`). A refusal's
-              first tokens, after prompts that only look harmful, teach when not to refuse and nothing else;
+            - ``unlikely``: true where the responses are what the model must not say. A refusal's first tokens, after
+              prompts that only look harmful, teach when not to refuse and nothing else. `CausalLanguageModule` learns
+              that (`response_loss`); a module of your own finds these labels in ``unlikely``, not in ``labels``;
             - ``max_response_tokens``: as below, for this source;
             - ``retention``: true where `CausalLanguageModule` may apply its ``retention_weight``;
             - ``split``, ``limit``, ``prompt_column``, ``response_column``: as in `load_prompts`.
@@ -181,7 +182,8 @@ class InstructionDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of training batches: `pad_batch` tensors.
 
-        If any source says so, also ``retention`` and ``unlikely``: bool [batch], and ``weight``: float32 [batch].
+        If any source says so, also ``retention``: bool [batch], ``weight``: float32 [batch], and ``unlikely``: int64
+        [batch, length], the labels of what must not be said, which ``labels`` then leaves out.
         """
         return ResumableLoader(self._order(), self._collator("train"), find_position=self._find_position)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_safety.data import TokenizedExample, pad_batch
+from lightning_safety.data import IGNORED_LABEL, TokenizedExample, pad_batch
 from lightning_safety.training.order import BatchOrder
 
 Collate = Callable[[Sequence[int]], dict[str, Tensor]]
@@ -133,7 +133,7 @@ class Collator:
 
     Args:
         rows: The rows of each source.
-        columns: What each row has beside its tokens: names, and a value for each source.
+        columns: What each row has beside its tokens: names, and a value for each source. ``unlikely`` becomes labels.
         pad_token: The token to pad with.
     """
 
@@ -153,4 +153,10 @@ class Collator:
             # A process may have no row left, but must take part in what the others' models do.
             return self([0]) | {"filler": torch.tensor([True])}
         batch = pad_batch([self._rows[index] for index in indices], pad_token_id=self._pad_token)
-        return batch | {name: values[list(indices)] for name, values in self._columns.items()}
+        columns = {name: values[list(indices)] for name, values in self._columns.items()}
+        if "unlikely" in columns:
+            # Apart from `labels`: a module that does not know them must not learn them.
+            avoided, labels = columns["unlikely"].unsqueeze(1), batch["labels"]
+            columns["unlikely"] = labels.masked_fill(~avoided, IGNORED_LABEL)
+            batch["labels"] = labels.masked_fill(avoided, IGNORED_LABEL)
+        return batch | columns

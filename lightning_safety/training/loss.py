@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_safety.data import IGNORED_LABEL
 from lightning_safety.language import response_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Nearer to certainty than this, float32 has no probability of the rest.
-_SMALLEST_SURPRISE = 1e-6
 
 
 class ResponsePredictions(NamedTuple):
@@ -26,11 +24,13 @@ class ResponsePredictions(NamedTuple):
         log_probabilities: float32 [tokens, vocabulary].
         targets: The tokens that come, int64 [tokens].
         counts: The tokens of each row, int64 [batch].
+        unlikely: Rows whose tokens are what the model must not say, bool [batch]; None: none.
     """
 
     log_probabilities: Tensor
     targets: Tensor
     counts: Tensor
+    unlikely: Tensor | None = None
 
 
 def predict_responses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> ResponsePredictions:
@@ -39,10 +39,14 @@ def predict_responses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Re
     Raises:
         ValueError: No token of the batch is learned.
     """
+    unlikely = batch.get("unlikely")
+    if unlikely is not None:
+        batch = {**batch, "labels": torch.where(unlikely == IGNORED_LABEL, batch["labels"], unlikely)}
+        unlikely = (unlikely != IGNORED_LABEL).any(dim=1)
     logits, targets, learned = response_logits(model, batch)
     if not len(targets):
         raise ValueError("`labels` expected to hold at least one learned token but all are -100. Check the responses.")
-    return ResponsePredictions(logits.float().log_softmax(dim=-1), targets, learned.sum(dim=1))
+    return ResponsePredictions(logits.float().log_softmax(dim=-1), targets, learned.sum(dim=1), unlikely)
 
 
 class Mean(NamedTuple):
@@ -62,28 +66,20 @@ class Mean(NamedTuple):
         return self.total / torch.where(self.divisor == 0, 1, self.divisor)
 
 
-def response_loss(
-    predictions: ResponsePredictions,
-    average: str = "token",
-    weights: Tensor | None = None,
-    unlikely: Tensor | None = None,
-) -> Mean:
+def response_loss(predictions: ResponsePredictions, average: str = "token", weights: Tensor | None = None) -> Mean:
     """Return the negative log-likelihood in nats per token.
+
+    In rows that are unlikely, each token counts as -log(1 - p), p the probability of the row's tokens in turn
+    (unlikelihood training, arXiv 1908.04319, of a sequence). Where p is small, that is nothing, and moves nothing.
 
     Args:
         predictions: Of at least one token.
         average: ``"token"``: the mean over tokens. ``"example"``: the mean over rows of each row's mean.
         weights: How often each row counts, float [batch]. None: once.
-        unlikely: Rows whose learned tokens are what the model must not say, bool [batch]: each of their tokens counts
-            as -log(1 - p), p the probability of them all in turn (unlikelihood training, arXiv 1908.04319, of a
-            sequence). Where p is small already, that is nothing, and moves nothing. None: none.
     """
     values = functional.nll_loss(predictions.log_probabilities, predictions.targets, reduction="none")
-    if unlikely is not None:
-        rows = torch.split(values, predictions.counts.tolist())
-        values = torch.cat(
-            [_of_the_rest(row) if avoided else row for row, avoided in zip(rows, unlikely.tolist(), strict=True)]
-        )
+    if predictions.unlikely is not None:
+        values = _with_unlikely(predictions, predictions.unlikely, values)
     if average == "token":
         weights = None if weights is None else weights.repeat_interleave(predictions.counts)
     else:
@@ -96,10 +92,22 @@ def response_loss(
     return Mean((values * weights).sum(), weights.sum())
 
 
-def _of_the_rest(surprises: Tensor) -> Tensor:
-    """Return, once for each token, -log(1 - p) of tokens with these negative log-likelihoods."""
-    surprise = surprises.sum().clamp(min=_SMALLEST_SURPRISE)
-    return -torch.log(-torch.expm1(-surprise)).expand(len(surprises))
+def _with_unlikely(predictions: ResponsePredictions, unlikely: Tensor, surprises: Tensor) -> Tensor:
+    """Return -log(1 - p) of their row for tokens of unlikely rows, and for the others their own `surprises`."""
+    counts = predictions.counts.tolist()
+    parts = [torch.split(each, counts) for each in (predictions.log_probabilities, predictions.targets, surprises)]
+    rows = zip(*parts, unlikely.tolist(), strict=True)
+    return torch.cat([_rest(*row).expand(len(row[-1])) if avoided else row[-1] for *row, avoided in rows])
+
+
+def _rest(log_probabilities: Tensor, targets: Tensor, surprises: Tensor) -> Tensor:
+    """Return -log(1 - p) of a sequence of tokens: the first that is another one may be each of them.
+
+    Not by 1 - p itself, of which nothing is left where p is almost 1: there it must push hardest.
+    """
+    others = log_probabilities.scatter(1, targets.unsqueeze(1), -torch.inf).logsumexp(dim=1)
+    before = surprises - surprises.cumsum(dim=0)
+    return -(before + others).logsumexp(dim=0)
 
 
 def retention_divergence(

@@ -149,8 +149,7 @@ class CausalLanguageModule(ResumableLanguageModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one batch of `InstructionDataModule`, or of any with tokens, attention mask and labels."""
         predictions = predict_responses(self.language_model, batch)
-        mean = response_loss(predictions, self.hparams["loss_average"], batch.get("weight"), batch.get("unlikely"))
-        loss = self._over_processes(mean)
+        loss = self._over_processes(response_loss(predictions, self.hparams["loss_average"], batch.get("weight")))
         examples = len(batch["labels"])
         # Over processes: the mean of what `_over_processes` returns is the mean over all of their batches.
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=examples, sync_dist=True)

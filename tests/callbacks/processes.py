@@ -53,7 +53,8 @@ def fit_together(
 ) -> dict[str, Tensor]:
     """Fit in two processes, or as many as options say, make sure that all end with the same weights, return them.
 
-    With `rows_a_step`, so many rows at a step are shared out; else each process has one.
+    With `rows_a_step`, so many rows at a step are shared out; else each process has one. With `saved_after`, a
+    checkpoint is saved there when the fit has ended.
     """
     processes = options.pop("processes", PROCESSES)
     with socket.socket() as free:
@@ -91,6 +92,7 @@ def _fit_process(
     torch.set_num_threads(1)
     steps, resumed = options.pop("steps"), options.pop("ckpt_path", None)
     each = options.pop("rows_a_step", processes) // processes
+    saved_after = options.pop("saved_after", None)
     chosen: Any = strategy
     if strategy.startswith("fsdp2"):
         sizes = {"data_parallel_size": processes, "tensor_parallel_size": 1}
@@ -103,6 +105,8 @@ def _fit_process(
     validation = make_loader(rows[:1]) if settings["num_sanity_val_steps"] else None
     trainer = pl.Trainer(**settings, use_distributed_sampler=False)
     trainer.fit(module, make_loader(rows), validation, ckpt_path=resumed)
+    if saved_after is not None:
+        trainer.save_checkpoint(saved_after)
     weights = {
         name: weight.detach().full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
         for name, weight in module.model.named_parameters()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
 from lightning_safety.callbacks import SafetyEnhancementTuning
@@ -142,6 +143,47 @@ def test_a_checkpoint_in_one_file_is_resumed_too(tmp_path: Path, saved: tuple[Pa
     assert (folders[0] / "epoch=0.ckpt").is_file()
 
 
+def test_a_checkpoint_saved_after_a_fit_is_resumed(tmp_path: Path, saved: tuple[Path, dict[str, Tensor]]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    path = tmp_path / "after.ckpt"
+    ended = {**RESUMED, "max_epochs": 1, "saved_after": path}
+    fit_together(first, "fsdp2", make_resumable, partial(scored, first, False), **ended)
+    again = fit_together(second, "fsdp2", make_resumable, partial(scored, second, False), **RESUMED, ckpt_path=path)
+    for name, weight in saved[1].items():
+        assert torch.equal(weight, again[name]), name
+
+
+class FailsInBoth(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            raise RuntimeError("both fail")
+
+
+def failing(folder: Path) -> list[Any]:
+    return [*scored(folder, False), OnExceptionCheckpoint(folder, "failed"), FailsInBoth()]
+
+
+def test_a_checkpoint_saved_after_an_error_says_so_when_it_is_resumed(tmp_path: Path) -> None:
+    """The optimizers' states are gone by then."""
+    with pytest.raises(Exception, match="both fail"):
+        fit_together(tmp_path, "fsdp2", make_resumable, partial(failing, tmp_path), **RESUMED)
+    make = partial(scored, tmp_path, False)
+    with pytest.raises(Exception, match="saved under one that leaves the model whole, or after an error"):
+        fit_together(tmp_path, "fsdp2", make_resumable, make, **RESUMED, ckpt_path=tmp_path / "failed.ckpt")
+
+
+def test_other_arguments_are_named_when_a_checkpoint_is_resumed(
+    tmp_path: Path, saved: tuple[Path, dict[str, Tensor]]
+) -> None:
+    make = partial(scored, tmp_path, False, method="bottom")
+    with pytest.raises(
+        Exception, match=r"with what its optimizers hold, but it has SafetyEnhancementTuning\{'fraction'"
+    ):
+        fit_together(tmp_path, "fsdp2", make_resumable, make, **RESUMED, ckpt_path=saved[0] / "epoch=0.ckpt")
+
+
 def test_one_process_takes_up_what_two_have_saved(tmp_path: Path, saved: tuple[Path, dict[str, Tensor]]) -> None:
     """Without dropout, momentum and all, it goes on as they would."""
     whole, _ = saved
@@ -182,7 +224,9 @@ def test_a_checkpoint_of_another_strategy_is_refused(tmp_path: Path) -> None:
     saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     enhancing = SafetyEnhancementTuning(0.05, objective=RefusalMargin(limit=3))
     fit_alone(OwnModule(make_model(), adamw, tokenizer=make_tiny_tokenizer()), [enhancing, saver], steps=1)
-    with pytest.raises(Exception, match="`ckpt_path` expected to be resumed under the kind of strategy that saved it"):
+    with pytest.raises(
+        Exception, match="`ckpt_path` expected to have the optimizers' states as a fit does whose strategy shards"
+    ):
         fit_together(
             tmp_path,
             "fsdp2",

@@ -75,6 +75,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path, kind: type[Any], st
         time.sleep(0.002)
     for process in started.processes:
         process.kill()
+    for process in started.processes:
         process.join()
         assert process.exitcode == -9, "the fit ended before it was killed"
     path = last_complete(kept)

@@ -95,7 +95,10 @@ def test_every_key_and_value_of_a_study_is_accepted(name):
         assert {arm.data for arm in arms} == set(configuration["data"])
 
 
-@pytest.mark.parametrize(("data", "name"), [("unlikely", "quickstart"), ("retained", "set_own_replies")])
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("unlikely", "quickstart"), ("unlikely", "set_full"), ("unlikely", "set_lora"), ("retained", "set_own_replies")],
+)
 def test_the_study_of_enhancement_trains_on_what_recipes_do(data, name):
     mixture = yaml.safe_load(recipe_path("studies/enhance").read_text(encoding="utf-8"))["data"][data]
     recipe = yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))

@@ -87,13 +87,17 @@ def test_weights_follow_their_rows(tiny_tokenizer: Any) -> None:
     assert data.state_dict() != unweighted.state_dict()
 
 
-def test_what_must_not_be_said_is_marked_cut_and_part_of_the_fingerprint(tiny_tokenizer: Any) -> None:
+def test_what_must_not_be_said_is_cut_and_stands_apart_from_what_is_learned(tiny_tokenizer: Any) -> None:
     avoided = {"source": make_examples(6), "response": "never ever", "max_response_tokens": 1, "unlikely": True}
     data = make_ready([{"source": make_examples(5, "other")}, avoided], tokenizer=tiny_tokenizer)
+    first = tiny_tokenizer("never ever", add_special_tokens=False).input_ids[0]
+    seen = 0
     for batch in data.train_dataloader():
-        replies = decode_learned(tiny_tokenizer, batch)
-        assert batch["unlikely"].tolist() == [not reply.startswith("other") for reply in replies]
-        assert all((batch["labels"][batch["unlikely"]] != -100).sum(dim=1) == 1)
+        for labels, unlikely in zip(batch["labels"], batch["unlikely"], strict=True):
+            learned, not_said = labels[labels != -100], unlikely[unlikely != -100]
+            assert not_said.tolist() == ([] if len(learned) else [first])
+            seen += len(not_said)
+    assert seen == 6
     learned = make_ready(
         [{"source": make_examples(5, "other")}, {**avoided, "unlikely": False}], tokenizer=tiny_tokenizer
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -48,8 +49,7 @@ def test_a_row_of_weight_three_counts_as_three_rows(tiny_model: Any, average: st
 
 @pytest.mark.parametrize("average", ["token", "example"])
 def test_an_unlikely_row_counts_as_the_probability_of_everything_else(tiny_model: Any, average: str) -> None:
-    batch, unlikely = make_batch(), torch.tensor([False, True, True])
-    predictions = predict_responses(tiny_model, batch)
+    batch = make_batch()
     single = [
         response_loss(predict_responses(tiny_model, {name: value[row : row + 1] for name, value in batch.items()}))
         for row in range(3)
@@ -58,24 +58,34 @@ def test_an_unlikely_row_counts_as_the_probability_of_everything_else(tiny_model
     rest = [-torch.log(1 - torch.exp(-one.total.double())).float() for one in single]
     losses = torch.stack([single[0].value, rest[1], rest[2]])
     counts = torch.tensor([3.0, 6.0, 1.0]) if average == "token" else torch.ones(3)
-    found = response_loss(predictions, average, None, unlikely).value
+    predictions = predict_responses(tiny_model, unlikely_in(batch, [False, True, True]))
+    found = response_loss(predictions, average).value
     torch.testing.assert_close(found, (losses * counts).sum() / counts.sum())
     weights = torch.tensor([1.0, 1.0, 4.0])
-    weighted = response_loss(predictions, average, weights, unlikely).value
+    weighted = response_loss(predictions, average, weights).value
     torch.testing.assert_close(weighted, (losses * counts * weights).sum() / (counts * weights).sum())
 
 
-def test_what_is_said_for_certain_is_unlikely_to_a_finite_loss() -> None:
-    certain = ResponsePredictions(
-        torch.tensor([[0.0, -90.0]], requires_grad=True), torch.tensor([0]), torch.tensor([1])
+def unlikely_in(batch: dict[str, torch.Tensor], rows: list[bool]) -> dict[str, torch.Tensor]:
+    """What `InstructionDataModule` makes of rows that must not be said."""
+    avoided = torch.tensor(rows).unsqueeze(1)
+    labels = batch["labels"]
+    return {**batch, "labels": labels.masked_fill(avoided, -100), "unlikely": labels.masked_fill(~avoided, -100)}
+
+
+@pytest.mark.parametrize(("margin", "loss", "push"), [(40.0, 40.0, 1.0), (0.0, math.log(2), 0.5), (-40.0, 0.0, 0.0)])
+def test_what_is_most_likely_is_pushed_hardest_and_what_is_not_said_not_at_all(
+    margin: float, loss: float, push: float
+) -> None:
+    logits = torch.tensor([[margin, 0.0]], requires_grad=True)
+    predictions = ResponsePredictions(
+        logits.log_softmax(-1), torch.tensor([0]), torch.tensor([1]), torch.tensor([True])
     )
-    loss = response_loss(certain, unlikely=torch.tensor([True])).value
-    assert 10 < loss < 20
-    never = ResponsePredictions(torch.tensor([[0.0, -90.0]], requires_grad=True), torch.tensor([1]), torch.tensor([1]))
-    loss = response_loss(never, unlikely=torch.tensor([True])).value
-    loss.backward()
-    assert loss == 0
-    assert torch.equal(never.log_probabilities.grad, torch.zeros(1, 2))
+    found = response_loss(predictions).value
+    found.backward()
+    assert found.item() == pytest.approx(loss, abs=1e-5)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.tensor([[push, -push]]))
 
 
 def test_gradient_is_that_of_transformers(tiny_model: Any) -> None:

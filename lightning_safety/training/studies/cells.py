@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from lightning_safety.arguments import check_choice
+from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.data import Example
 from lightning_safety.devices import processor_name
 from lightning_safety.files import replace_atomically
@@ -234,8 +234,8 @@ def describe_settings(value: Any) -> Any:
     """Return what an object was made with, as JSON holds it, to tell whether a study was changed since.
 
     Args:
-        value: A fresh callback, say: its public attributes, and theirs, and the name of its state, which says what mask
-            it was given. Tensors are described by a digest, and what else JSON does not have by its class.
+        value: A fresh callback, say: its public attributes, and theirs, and a digest of the mask it was given. Tensors
+            are described by a digest, and what else JSON does not have by its class.
     """
     if isinstance(value, str | int | float | bool | None):
         return value
@@ -251,8 +251,8 @@ def describe_settings(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [describe_settings(one) for one in value]
     public = {name: one for name, one in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
-    if isinstance(value, pl.Callback):
-        public["state_key"] = value.state_key
+    if isinstance(value, SelectedWeightsCallback) and value.mask is not None:
+        public["mask"] = value.mask.digest
     return {"class": type(value).__name__, **describe_settings(public)}
 
 

@@ -127,7 +127,7 @@ def test_a_result_that_json_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.json")) == []
 
 
-def test_settings_are_what_a_callback_was_made_with_and_not_what_it_keeps() -> None:
+def test_settings_are_what_a_callback_was_made_with_and_not_what_it_keeps(tmp_path: Path) -> None:
     described = describe_settings(SafetyPreservingAdaptation(0.05, exclude="*embed*"))
     assert described == describe_settings(SafetyPreservingAdaptation(0.05, exclude="*embed*"))
     assert described["choice"]["fraction"] == 0.05
@@ -139,3 +139,10 @@ def test_settings_are_what_a_callback_was_made_with_and_not_what_it_keeps() -> N
         SafetyPreservingAdaptation(exclude="*embed*", mask=SafetyMask({"a": torch.tensor([1])}, {"a": (3,)})),
     ):
         assert describe_settings(other) != described
+    masks = []
+    for place in range(2):
+        path = tmp_path / str(place) / "mask.safetensors"
+        path.parent.mkdir()
+        SafetyMask({"a": torch.tensor([place])}, {"a": (3,)}).save(path)
+        masks.append(describe_settings(SafetyPreservingAdaptation(mask=path)))
+    assert masks[0] != masks[1]
