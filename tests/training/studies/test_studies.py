@@ -193,7 +193,10 @@ def test_activations(models: tuple[Path, Path], tmp_path: Path) -> None:
         (["perturb", "--noise=[-1]"], "`noise` expected to be"),
         (["perturb", "--only", "topp"], "`only` expected to be one of 'before', '0.38', 'top', "),
         (["enhance", "--at=[0]"], "`at` expected optimizer steps of at least 1 but got [0]"),
-        (["enhance", "--arms.new.data=none"], "`data` expected to be one of 'retained', 'refusals' but got 'none'"),
+        (
+            ["enhance", "--arms.new.data=none"],
+            "`data` expected to be one of 'retained', 'unlikely', 'refusals' but got 'none'",
+        ),
         (["enhance", "--arms.top.callbacks=[{class_path: lightning_safety.HarmfulnessMonitor}]"], "none that writes"),
         (["enhance", "--arms={a/b: {}}"], "`arms` expected names without a slash but got 'a/b'"),
         (["subspaces", "--updates={useful: 1.5}"], "`contaminated` expected shares in [0, 1]"),
