@@ -12,10 +12,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from tests.callbacks.toys import OwnModule, make_batches, make_loader, quiet
+from tests.callbacks.toys import OwnModule, make_batches, make_loader, make_smallest_model, quiet
 from tests.spawned import start
 
 PROCESSES = 2
@@ -30,6 +31,22 @@ class Sharded(OwnModule):
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+def sgd(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.1)]
+
+
+def make_uneven_model(**options: Any) -> nn.Module:
+    """A model of which two processes hold unequal parts: 67 rows do not divide by two."""
+    settings = {"vocab_size": 512, "max_position_embeddings": 256, "intermediate_size": 67, **options}
+    return make_smallest_model(tie_word_embeddings=False, **settings)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the weights by name, those that processes share put together: all must call this."""
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w.clone() for name, w in weights.items()}
 
 
 def fit_alone(
@@ -107,9 +124,5 @@ def _fit_process(
     trainer.fit(module, make_loader(rows), validation, ckpt_path=resumed)
     if saved_after is not None:
         trainer.save_checkpoint(saved_after)
-    weights = {
-        name: weight.detach().full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
-        for name, weight in module.model.named_parameters()
-    }
-    torch.save({name: weight.clone() for name, weight in weights.items()}, folder / f"{rank}.pt")
+    torch.save(whole_weights(module.model), folder / f"{rank}.pt")
     distributed.destroy_process_group()

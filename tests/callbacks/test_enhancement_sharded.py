@@ -12,26 +12,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_safety.callbacks import SafetyEnhancementTuning
 from lightning_safety.enforcement import SafetyPatch
 from lightning_safety.scoring import RefusalMargin, SafetyMask
-from tests.callbacks.processes import Sharded, fit_alone, fit_together
-from tests.callbacks.toys import OwnModule, adamw, assert_acted, make_smallest_model, mask_of_everything, weights_of
+from tests.callbacks.processes import Sharded, fit_alone, fit_together, sgd
+from tests.callbacks.processes import make_uneven_model as make_model
+from tests.callbacks.toys import OwnModule, adamw, assert_acted, mask_of_everything, weights_of
 from tests.tiny import make_tiny_tokenizer
 
 STEPS = 6
-
-
-def sgd(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.1)]
-
-
-def make_model(**options: Any) -> nn.Module:
-    # 67 rows do not divide by two.
-    settings = {"vocab_size": 512, "max_position_embeddings": 256, "intermediate_size": 67, **options}
-    return make_smallest_model(tie_word_embeddings=False, **settings)
 
 
 def mask_of_some() -> SafetyMask:

@@ -18,11 +18,11 @@ from torch import Tensor
 from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreservingAdaptation
 from lightning_safety.scoring import RefusalMargin
 from lightning_safety.training import CausalLanguageModule, InstructionDataModule
+from tests.callbacks.processes import PROCESSES, whole_weights
 from tests.spawned import begin_in_processes, run_in_processes
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
-from tests.training.fits import make_examples, make_trainer
+from tests.training.fits import last_complete, make_examples, make_trainer
 
-PROCESSES = 2
 CHECKPOINTS = 4
 
 
@@ -39,19 +39,7 @@ def fit(folder: Path, kind: type[Any], strategy: str, checkpoint: Path | None = 
     callbacks = [kind(0.2, objective=RefusalMargin(limit=2)), saver]
     trainer = make_trainer(folder, callbacks, max_epochs=10, max_steps=40, devices=PROCESSES, strategy=chosen)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    weights = {name: weight.detach() for name, weight in module.model.named_parameters()}
-    return {name: w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for name, w in weights.items()}
-
-
-def last_complete(folder: Path) -> Path | None:
-    """Of a sharded checkpoint, a folder, Lightning writes ``meta.pt`` when all else is there."""
-    for path in sorted(folder.glob("*.ckpt"), key=lambda path: -int(path.stem.partition("=")[2].partition("-")[0])):
-        try:
-            torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)
-        except Exception:
-            continue
-        return path
-    return None
+    return whole_weights(module.model)
 
 
 @pytest.mark.parametrize(

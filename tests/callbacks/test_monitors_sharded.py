@@ -20,7 +20,7 @@ from lightning_safety.callbacks import SafetyBudget, SafetyPreservingAdaptation,
 from lightning_safety.callbacks.strategies import REPLICATED, SHARDED
 from lightning_safety.processes import rank, world_size
 from tests.callbacks.budgets import ScriptedMonitor
-from tests.callbacks.processes import PROCESSES, Sharded
+from tests.callbacks.processes import PROCESSES, Sharded, whole_weights
 from tests.callbacks.shared_fits import HARMFUL, BrokenInOne, activations, harmfulness, metrics_of
 from tests.callbacks.toys import (
     OwnModule,
@@ -73,12 +73,10 @@ def fit(folder: Path, callbacks: Sequence[pl.Callback]) -> dict[str, Any]:
         batches = rows[rank() :: PROCESSES]
     trainer = pl.Trainer(**quiet(callbacks, **settings))
     trainer.fit(module, make_loader(batches))
-    weights = {name: weight.detach() for name, weight in module.model.named_parameters()}
-    whole = {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in weights.items()}
     return {
         "metrics": metrics_of(trainer),
         "step": trainer.global_step,
-        "weights": {name: weight.clone() for name, weight in whole.items()},
+        "weights": whole_weights(module.model),
         "sharded": any(isinstance(part, FSDPModule) for part in module.model.modules()),
     }
 

@@ -15,22 +15,13 @@ from torch import nn
 
 from lightning_safety.callbacks import SafetyPreservingAdaptation, SafetyRehearsal
 from lightning_safety.scoring import ObjectiveBatch, RefusalMargin, SafetyMask
-from tests.callbacks.processes import Sharded, fit_alone, fit_together
-from tests.callbacks.toys import OwnModule, adamw, assert_acted, make_smallest_model, mask_of_everything, weights_of
+from tests.callbacks.processes import Sharded, fit_alone, fit_together, sgd
+from tests.callbacks.processes import make_uneven_model as make_model
+from tests.callbacks.toys import OwnModule, adamw, assert_acted, mask_of_everything, weights_of
 from tests.enforcement.objectives import Opposed
 from tests.tiny import make_tiny_tokenizer
 
 STEPS = 6
-
-
-def sgd(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.1)]
-
-
-def make_model(**options: Any) -> nn.Module:
-    # 67 rows do not divide by two.
-    settings = {"vocab_size": 512, "max_position_embeddings": 256, "intermediate_size": 67, **options}
-    return make_smallest_model(tie_word_embeddings=False, **settings)
 
 
 def make_module(kind: type[OwnModule], optimizers: Any = sgd) -> OwnModule:

@@ -18,17 +18,13 @@ from lightning_safety.callbacks import SafetyEnhancementTuning, SafetyPreserving
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.enforcement import SafetyPatch
 from lightning_safety.scoring import RefusalMargin, SafetyMask
-from tests.callbacks.processes import PROCESSES, fit_alone, fit_together
+from tests.callbacks.processes import PROCESSES, fit_alone, fit_together, sgd
 from tests.callbacks.toys import BOTH, OwnModule, assert_acted, make_smallest_model, mask_of_everything, weights_of
 from tests.enforcement.adapters import make_adapted_model, make_mask
 from tests.tiny import make_tiny_tokenizer
 
 STEPS = 6
 Kind = type[SelectedWeightsCallback]
-
-
-def sgd(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.1)]
 
 
 def make_model(**options: Any) -> nn.Module:

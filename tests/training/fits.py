@@ -37,6 +37,20 @@ def make_trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **options:
     return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
 
 
+def last_complete(folder: Path) -> Path | None:
+    """Lightning writes a checkpoint into its file in one go but not atomically: the newest may be half of one.
+
+    Of a sharded one, a folder, it writes ``meta.pt`` when all else is there.
+    """
+    for path in sorted(folder.glob("*.ckpt"), key=lambda path: -int(path.stem.partition("=")[2].partition("-")[0])):
+        try:
+            torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)
+        except Exception:
+            continue
+        return path
+    return None
+
+
 class TraceModule(pl.LightningModule):
     """Has one weight and a memory: which batch it saw at which place."""
 

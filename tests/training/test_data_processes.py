@@ -25,6 +25,7 @@ from lightning_safety.processes import rank, world_size
 from lightning_safety.training import CausalLanguageModule, InstructionDataModule
 from lightning_safety.training.export import export_checkpoint
 from lightning_safety.training.own_replies import encode_own_replies
+from tests.callbacks.processes import whole_weights
 from tests.spawned import run_in_processes
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
@@ -94,10 +95,7 @@ def fit(
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return {
-        "weights": {
-            name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
-            for name, weight in module.model.named_parameters()
-        },
+        "weights": whole_weights(module.model),
         "sharded": any(isinstance(weight, DTensor) for weight in module.model.parameters()),
         "seen": seen.batches,
         "loss": float(trainer.callback_metrics["val/loss"]),

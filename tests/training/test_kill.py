@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_safety.training import CausalLanguageModule, InstructionDataModule
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
-from tests.training.fits import make_examples, make_trainer
+from tests.training.fits import last_complete, make_examples, make_trainer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,17 +29,6 @@ def fit(folder: Path, checkpoint: Path | None = None) -> CausalLanguageModule:
     trainer = make_trainer(folder, [saver], max_epochs=10, max_steps=60)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return module
-
-
-def last_complete(folder: Path) -> Path | None:
-    """Lightning writes a checkpoint into its file in one go but not atomically: the newest may be half of one."""
-    for path in sorted(folder.glob("*.ckpt"), key=lambda path: -int(path.stem.partition("=")[2].partition("-")[0])):
-        try:
-            torch.load(path, weights_only=True)
-        except Exception:
-            continue
-        return path
-    return None
 
 
 @pytest.fixture(scope="module")
