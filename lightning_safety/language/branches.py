@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two answers to one prompt in one row: the prompt is computed once, and neither answer sees the other.
+"""Rows that begin alike as branches of one row: the beginning is computed once, and no branch sees another.
 
-After the prompt comes the first answer, then the second at the positions where the first stood. Half of the tokens of a
-pair of rows are saved where prompts are long beside what is asked of their answers, and nothing is padded between.
+After the beginning comes the rest of the first row, then that of the second at the positions where it stood, and so on.
+Two answers to one prompt save half of their tokens so, and nothing is padded between branches.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +19,17 @@ from lightning_safety.data.collator import IGNORED_LABEL
 from lightning_safety.language.likelihood import logits_at, response_log_probabilities
 from lightning_safety.language.prefix import TokensRun, can_share_prefix, compute_shared_prefix, tokens_run
 
-_PROMPT, _FIRST, _SECOND = 0, 1, 2
-_PADDING = 3
+_BEGINNING = 0
+_PADDING = -1
 
 
 class _Branched(NamedTuple):
-    """Pairs of rows, merged. Lists of lists are by merged row."""
+    """Groups of rows, each merged to one. Lists of lists are by merged row."""
 
     tokens: list[list[int]]
     positions: list[list[int]]
     branches: list[list[int]]
-    starts: list[int]  # of the answers
+    starts: list[int]  # of the branches
     rows: list[int]  # of each label: the merged row, the place that predicts it, the label, and the row it came from
     places: list[int]
     labels: list[int]
@@ -40,7 +40,7 @@ def paired_log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> t
     """Return what `response_log_probabilities` does, for rows of which two each begin with the same prompt.
 
     Where a model cannot attend by a mask of our own (it is no decoder of full attention under scaled dot-product
-    attention), or a pair differs before its first label, rows are run one by one.
+    attention), rows are run one by one.
 
     Args:
         model: As there.
@@ -49,18 +49,39 @@ def paired_log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> t
     Returns:
         As there.
     """
-    merged = _merge(batch) if _can_branch(model) else None
+    return _log_probabilities(model, batch, _pairs(batch))
+
+
+def packed_log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what `response_log_probabilities` does, with all rows in one, or as they are where a model cannot.
+
+    For a few short rows: every weight is used once, and attention looks at all of them for each.
+
+    Args:
+        model: As there.
+        batch: As there, padded on the right.
+
+    Returns:
+        As there.
+    """
+    return _log_probabilities(model, batch, [range(len(batch["input_ids"]))])
+
+
+def _log_probabilities(
+    model: nn.Module, batch: Mapping[str, Tensor], groups: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    merged = _merge(batch, groups) if can_branch(model) else None
     if merged is None:
         return response_log_probabilities(model, batch)
     device = batch["input_ids"].device
     tokens, present = _padded_tokens(merged, device)
     positions, branches = _padded(merged.positions, 0, device), _padded(merged.branches, _PADDING, device)
-    # The token before an answer predicts its first, so it is run with the rest.
+    # The token before a branch predicts its first, so it is run with the rest.
     prefix = compute_shared_prefix(model, tokens, present, limit=min(merged.starts) - 1)
     length = tokens.shape[1]
     queries, keys = branches[:, prefix.length :, None], branches[:, None, :]
     earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()[prefix.length :]
-    seen = earlier & ((keys == _PROMPT) | (keys == queries))
+    seen = earlier & ((keys == _BEGINNING) | (keys == queries))
     arguments: dict[str, Any] = {
         "input_ids": tokens[:, prefix.length :],
         "attention_mask": seen[:, None],
@@ -75,48 +96,74 @@ def paired_log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> t
     logits = logits_at(model, arguments, (rows, places - prefix.length))
     precise = logits if logits.dtype == torch.float64 else logits.float()
     values = -functional.cross_entropy(precise, labels, reduction="none")
-    empty = values.new_zeros(2 * len(tokens))
+    empty = values.new_zeros(len(batch["input_ids"]))
     return empty.index_add(0, owners, values), empty.index_add(0, owners, torch.ones_like(values))
 
 
 def paired_tokens_run(model: nn.Module, batch: Mapping[str, Tensor]) -> TokensRun:
     """Return what `paired_log_probabilities` runs of a batch; arguments as there."""
-    merged = _merge(batch) if _can_branch(model) else None
+    return _tokens_run(model, batch, _pairs(batch))
+
+
+def packed_tokens_run(model: nn.Module, batch: Mapping[str, Tensor]) -> TokensRun:
+    """Return what `packed_log_probabilities` runs of a batch; arguments as there."""
+    return _tokens_run(model, batch, [range(len(batch["input_ids"]))])
+
+
+def _tokens_run(model: nn.Module, batch: Mapping[str, Tensor], groups: Sequence[Sequence[int]]) -> TokensRun:
+    merged = _merge(batch, groups) if can_branch(model) else None
     if merged is None:
         return tokens_run(model, batch["input_ids"], batch["attention_mask"])
     return tokens_run(model, *_padded_tokens(merged, batch["input_ids"].device))
 
 
-def _merge(batch: Mapping[str, Tensor]) -> _Branched | None:
-    """Merge the pairs; None where one of them has no prompt in common, or no label."""
+def _pairs(batch: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    half = len(batch["input_ids"]) // 2
+    return [(number, half + number) for number in range(half)]
+
+
+def _merge(batch: Mapping[str, Tensor], groups: Sequence[Sequence[int]]) -> _Branched | None:
+    """Merge the rows of each group; None where some begin with nothing in common, have no label or belong to none."""
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     rows = [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
     labels = [row[:length] for row, length in zip(batch["labels"].tolist(), lengths, strict=True)]
-    half, odd = divmod(len(rows), 2)
-    if odd or not bool(batch["attention_mask"][:, 0].all()):
+    if sum(map(len, groups)) != len(rows) or not bool(batch["attention_mask"][:, 0].all()):
         return None
     merged = _Branched([], [], [], [], [], [], [], [])
-    for number in range(half):
-        pair = (number, half + number)
-        learned = [[place for place, label in enumerate(labels[row]) if label != IGNORED_LABEL] for row in pair]
+    for number, group in enumerate(groups):
+        learned = [[place for place, label in enumerate(labels[row]) if label != IGNORED_LABEL] for row in group]
         if not all(learned):
             return None
-        start = min(places[0] for places in learned)
-        first, second = (rows[row] for row in pair)
-        # At least one token before the answers predicts them.
-        if start < 1 or first[:start] != second[:start]:
+        start = min(_common_length([rows[row] for row in group]), *(places[0] for places in learned))
+        # At least one token before the branches predicts what they begin with.
+        if start < 1:
             return None
-        merged.starts.append(start)
-        merged.tokens.append(first + second[start:])
-        merged.positions.append([*range(len(first)), *range(start, len(second))])
-        merged.branches.append([_PROMPT] * start + [_FIRST] * (len(first) - start) + [_SECOND] * (len(second) - start))
-        for row, places, moved in zip(pair, learned, (0, len(first) - start), strict=True):
+        tokens, positions, branches = rows[group[0]][:start], list(range(start)), [_BEGINNING] * start
+        for branch, (row, places) in enumerate(zip(group, learned, strict=True), start=1):
+            moved = len(tokens) - start
+            tokens += rows[row][start:]
+            positions += range(start, len(rows[row]))
+            branches += [branch] * (len(rows[row]) - start)
             for place in places:
                 merged.rows.append(number)
                 merged.places.append(place - 1 + (moved if place > start else 0))
                 merged.labels.append(labels[row][place])
                 merged.owners.append(row)
+        merged.starts.append(start)
+        merged.tokens.append(tokens)
+        merged.positions.append(positions)
+        merged.branches.append(branches)
     return merged
+
+
+def _common_length(rows: Sequence[Sequence[int]]) -> int:
+    """Return with how many same tokens all rows begin."""
+    length = 0
+    for together in zip(*rows, strict=False):
+        if len(set(together)) > 1:
+            break
+        length += 1
+    return length
 
 
 def _padded_tokens(merged: _Branched, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -130,7 +177,7 @@ def _padded(values: list[list[int]], filler: int, device: torch.device) -> Tenso
     return torch.tensor([row + [filler] * (length - len(row)) for row in values], device=device)
 
 
-def _can_branch(model: nn.Module) -> bool:
+def can_branch(model: nn.Module) -> bool:
     """Whether masks and positions of our own are all that tells a model what precedes what."""
     config: Any = getattr(model, "config", None)
     # Code from elsewhere may take a mask of four dimensions for something else.

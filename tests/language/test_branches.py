@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two answers in one row are as likely as in two, with the same gradients, in every family that can have them so."""
+"""Rows merged to one are as likely as alone, with the same gradients, in every family that can have them so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lightning_safety.data import TokenizedExample, pad_batch
 from lightning_safety.language import branches, response_log_probabilities
-from lightning_safety.language.branches import paired_log_probabilities, paired_tokens_run
+from lightning_safety.language.branches import (
+    can_branch,
+    packed_log_probabilities,
+    packed_tokens_run,
+    paired_log_probabilities,
+    paired_tokens_run,
+)
 from tests.quantized import make_quantized_model
 from tests.scoring.mixtures import CONFIGS, make_mixture
 from tests.tiny import make_tiny_model
@@ -59,8 +65,13 @@ def make_dense(family: str) -> Any:
 
 
 def assert_same(model: Any, batch: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    for merged in (paired_log_probabilities, packed_log_probabilities):
+        assert_same_as_alone(merged, model, batch, tolerance)
+
+
+def assert_same_as_alone(merged: Any, model: Any, batch: dict[str, Tensor], tolerance: float) -> None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    found, expected = (function(model, batch) for function in (paired_log_probabilities, response_log_probabilities))
+    found, expected = (function(model, batch) for function in (merged, response_log_probabilities))
     torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
     assert torch.equal(found[1], expected[1])
     weights = torch.linspace(-1, 1, len(found[0]))
@@ -81,7 +92,7 @@ def test_values_and_gradients_are_those_of_two_rows(kind: str, shared: int) -> N
         "double": lambda: make_tiny_model(initializer_range=0.3).double(),
         "nf4": make_quantized_model,
     }[kind]()
-    assert branches._can_branch(model)
+    assert can_branch(model)
     # Rotary embeddings are float32 in float64 models too.
     for count in (1, 3):
         assert_same(model, make_pairs(count, shared), 1e-6 if kind == "double" else 1e-5)
@@ -90,7 +101,7 @@ def test_values_and_gradients_are_those_of_two_rows(kind: str, shared: int) -> N
 @pytest.mark.parametrize("family", DENSE)
 def test_dense_families(family: str) -> None:
     model = make_dense(family)
-    assert branches._can_branch(model) == (family not in {"bloom", "gemma3_text", "gpt_neo", "mamba", "mistral"})
+    assert can_branch(model) == (family not in {"bloom", "gemma3_text", "gpt_neo", "mamba", "mistral"})
     assert_same(model, make_pairs())
 
 
@@ -98,9 +109,9 @@ def test_dense_families(family: str) -> None:
 def test_mixtures(family: str) -> None:
     model = make_mixture(family)
     if family in {"mixtral", "olmoe", "qwen3_moe"}:
-        assert branches._can_branch(model)
+        assert can_branch(model)
     if family in {"gpt_oss", "jamba", "lfm2_moe", "minimax", "qwen3_next", "nemotron_h"}:
-        assert not branches._can_branch(model)
+        assert not can_branch(model)
     assert_same(model, make_pairs())
 
 
@@ -118,25 +129,51 @@ def test_prompts_are_run_once() -> None:
     assert paired_tokens_run(model, batch).shared
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_that_share_their_beginning_only_are_one_row(rows: int) -> None:
+    model = make_tiny_model(initializer_range=0.3)
+    batch = {name: values[:rows] for name, values in make_pairs(count=5).items()}
+    alone = batch["attention_mask"].sum(dim=1)
+    seen: list[torch.Size] = []
+    handle = model.model.layers[0].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[:2]))
+    packed_log_probabilities(model, batch)
+    handle.remove()
+    begun = int(alone[0]) - 6 if rows == 1 else 10
+    assert seen == [(1, begun + int((alone - begun).sum()))]
+    assert packed_tokens_run(model, batch) == (seen[0].numel(), False)
+    assert_same_as_alone(packed_log_probabilities, model, batch, 1e-5)
+
+
 def shift(batch: dict[str, Tensor]) -> None:
     """Pad on the left."""
     for name, values in batch.items():
         batch[name] = torch.cat([torch.full_like(values[:, :1], -100 if name == "labels" else 0), values], dim=1)
 
 
-def change_a_prompt(batch: dict[str, Tensor]) -> None:
-    batch["input_ids"][0, 3] += 1
-
-
 def unlabel(batch: dict[str, Tensor]) -> None:
     batch["labels"][1] = -100
 
 
-@pytest.mark.parametrize("change", [shift, change_a_prompt, unlabel])
-def test_rows_that_are_no_pairs_are_run_one_by_one(change: Any) -> None:
+@pytest.mark.parametrize("change", [shift, unlabel])
+def test_rows_that_cannot_be_merged_are_run_one_by_one(change: Any) -> None:
     model, batch = make_tiny_model(), make_pairs()
     change(batch)
-    assert branches._merge(batch) is None
+    assert branches._merge(batch, [range(6)]) is None
+    assert_same(model, batch)
+
+
+def test_pairs_whose_prompts_differ() -> None:
+    model, batch = make_tiny_model(initializer_range=0.3), make_pairs()
+    batch["input_ids"][0, 3] += 1
+    merged = branches._merge(batch, [range(6)])
+    assert merged is not None
+    assert merged.starts == [3]
+    assert_same(model, batch)
+
+
+def test_rows_that_begin_with_nothing_in_common() -> None:
+    model, batch = make_tiny_model(), make_pairs(shared=0)
+    assert branches._merge(batch, [range(6)]) is None
     assert_same(model, batch)
 
 
@@ -145,5 +182,5 @@ def test_models_that_cannot_are_run_row_by_row(make: Any) -> None:
     model = make()
     if model.config._attn_implementation == "sdpa":
         model.config.output_router_logits = True
-    assert not branches._can_branch(model)
+    assert not can_branch(model)
     assert_same(model, make_pairs())
