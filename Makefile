@@ -1,5 +1,6 @@
 # Every target makes its own virtual environment: a bare machine needs Python 3.11 or newer and nothing else.
-# torch is installed first and from the constraints, so that nothing pulls in the CUDA build behind it.
+# torch is installed first, from the constraints. On Linux the public index has the CUDA build; the smaller one for CPUs
+# comes with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -43,7 +43,7 @@ SUMMARIES = {
 } | {name: (function.__doc__ or "").splitlines()[0] for name, function in FUNCTIONS.items()}
 
 # What a wrong argument or file raises; anything else is a defect and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

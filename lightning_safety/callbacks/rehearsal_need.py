@@ -14,6 +14,7 @@ from lightning_safety.data import Example
 from lightning_safety.monitoring import PromptSource, read_prompts
 from lightning_safety.monitoring.margin import opening_likelihood
 from lightning_safety.monitoring.own_replies import keep_replies
+from lightning_safety.processes import from_first
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,9 +78,10 @@ class RehearsalNeed:
         """
         self._tokenizer = tokenizer
         if restored is None:
-            self._examples = keep_replies(
+            kept = keep_replies(
                 model, tokenizer, self._prompts, name="watch", refused=True, max_new_tokens=_OPENING_TOKENS
             )
+            self._examples = from_first(kept)
             self._start = self.likelihood = self._look(trainer, model)
             self.needed = False
         else:
@@ -91,7 +93,11 @@ class RehearsalNeed:
         return step > 0 and step % self.every_n_steps == 0
 
     def look(self, trainer: pl.Trainer, model: nn.Module) -> None:
-        """Look at the model, and see whether it needs rehearsing."""
+        """Look at the model, and see whether it needs rehearsing.
+
+        Raises:
+            RuntimeError: What it finds is not finite.
+        """
         assert self._start is not None
         self.likelihood = self._look(trainer, model)
         self.needed = self.likelihood < self._start - (0 if self.needed else self.tolerance)
@@ -107,6 +113,11 @@ class RehearsalNeed:
         assert self._tokenizer is not None
         with trainer.precision_plugin.train_step_context():
             found = opening_likelihood(model, self._tokenizer, self._examples, tokens=_OPENING_TOKENS)
+        if not math.isfinite(found):
+            raise RuntimeError(
+                f"The log-probability of the model's own refusals expected to be finite but is {found:g}: nothing tells"
+                " whether to rehearse. Check the model's weights, and train in float32 or bfloat16."
+            )
         # Processes that disagreed by a rounding would rehearse apart, and wait for each other for ever.
         device = next(model.parameters()).device
         return float(trainer.strategy.reduce(torch.tensor(found, device=device), reduce_op="mean"))

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_safety.arguments import check_fraction
+
 if TYPE_CHECKING:
     from lightning_safety.scoring import MixtureLayout, RouterLoad, SafetyMask, SafetyObjective
 
@@ -80,6 +82,8 @@ def score(
     )
     from lightning_safety.scoring.comparison import objective_comparison, sample_scores
 
+    # Now, not after an hour of scoring.
+    check_fraction(fraction)
     names = list(dict.fromkeys([objective, *(compare or ())]))
     if "guard_judged" in names and guard is None:
         raise ValueError(

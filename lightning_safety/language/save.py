@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from lightning_safety.files import make_folder_atomically
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ def save_language_model(
         OSError: It cannot be written.
     """
     with make_folder_atomically(folder, "folder") as temporary:
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written: {error}") from error
         tokenizer.save_pretrained(temporary)
     return Path(folder)

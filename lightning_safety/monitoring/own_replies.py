@@ -19,6 +19,7 @@ from lightning_safety.language.tokenizer import pad_token_id
 from lightning_safety.monitoring.judges import KeywordRefusalJudge
 from lightning_safety.monitoring.sets import PromptSource, read_prompts
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective, first_labelled
+from lightning_safety.scoring.shards import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,7 +177,14 @@ def keep_replies(
     prompts = [example.prompt for example in examples]
     # A few more than count: the last one generated may be a part of a character.
     length = max(max_new_tokens + _SPARE_TOKENS, _JUDGED_TOKENS)
-    replies = generate_replies(model, tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH_SIZE)
+    replies = generate_replies(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=length,
+        batch_size=_BATCH_SIZE,
+        together=is_sharded(model.parameters()),
+    )
     verdicts = KeywordRefusalJudge().score(prompts, replies)
     kept = [
         Example(prompt, reply)

@@ -66,8 +66,10 @@ def run_study(
     columns = {"before": _evaluate(experiment, settings)}
     settings["own_replies"] = columns["before"].own_replies
     experiment.trainer.fit(experiment.model, datamodule=experiment.datamodule)
-    columns["after"] = _evaluate(experiment, settings)
+    # What took long to make is on disk before anything else can fail.
     _save_weights(callbacks, output)
+    columns["after"] = _evaluate(experiment, settings)
+    _write_results(columns, output)
     if make_control is not None:
         del experiment
         control = make_control()
@@ -75,9 +77,9 @@ def run_study(
         for callback in drawn:
             callback.method = "random"
         control.trainer.fit(control.model, datamodule=control.datamodule)
-        columns["random mask"] = _evaluate(control, settings)
         _save_weights(drawn, output, "random-")
-    _write_results(columns, output)
+        columns["random mask"] = _evaluate(control, settings)
+        _write_results(columns, output)
     print("\n\n".join([comparison_table(columns), *_describe_weights(callbacks), _next_step(source, output)]))
     return columns
 

@@ -81,6 +81,13 @@ def test_the_real_likelihood_is_looked_at() -> None:
     assert trainer.callback_metrics["safety/rehearsal_seconds"] > 0
 
 
+@pytest.mark.parametrize("found", [[float("nan")], [-1.0, float("-inf")]])
+def test_a_likelihood_that_is_not_finite_stops_the_fit(found: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, found)
+    with pytest.raises(RuntimeError, match=r"own refusals expected to be finite but is (nan|-inf)"):
+        fit(OwnModule(make_smallest_model()), [adaptive()], steps=6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

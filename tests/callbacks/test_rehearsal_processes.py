@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lightning_safety.callbacks import SafetyRehearsal
 from lightning_safety.data import Example
@@ -68,6 +69,32 @@ def test_rows_that_begin_alike_are_rehearsed_as_in_one(tmp_path: Path, strategy:
     for name, weight in alone.items():
         torch.testing.assert_close(together[name], weight, rtol=1e-5, atol=1e-6)
     assert max(float((plain[name] - weight).abs().max()) for name, weight in alone.items()) > 1e-3
+
+
+class DifferentInEach(TokenRows):
+    """What it keeps when it is prepared depends on the process, as replies may by a rounding."""
+
+    factor = 0
+
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.factor = 1 + int(os.environ.get("RANK", "0"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.factor = state_dict["factor"]
+
+    def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
+        return super().loss(model, batch) * self.factor
+
+
+def test_all_processes_rehearse_what_the_first_has_heard(tmp_path: Path) -> None:
+    options = {"objective": DifferentInEach(), "weight": 5.0}
+    together = fit_together(tmp_path, "ddp", partial(make_module, OwnModule), partial(rehearsals, **options), steps=3)
+    alone = fit_alone(make_module(OwnModule), rehearsals(**options), steps=3)
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-5, atol=1e-6)
 
 
 class BrokenInOne(TokenRows):

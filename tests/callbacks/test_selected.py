@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -218,7 +217,10 @@ def test_no_hook_is_left_after_an_interruption(
 ) -> None:
     module = Failing(make_smallest_model())
     module.error = error
-    mask = mask_of_everything(module.model)
+    # Of some tensors only: the others are frozen where the selected weights train.
+    everything = mask_of_everything(module.model)
+    some = {name: index for name, index in everything.indices.items() if ".mlp." in name}
+    mask = SafetyMask(some, {name: everything.shapes[name] for name in some})
     before = weights_of(module.model)
     callback = kind(mask=mask)
     trainer = pl.Trainer(**quiet([callback]))
@@ -251,35 +253,6 @@ def test_one_line_at_fit_start(caplog: pytest.LogCaptureFixture, tiny_tokenizer:
 
 
 # Other shapes of trainers and modules ---------------------------------------------------------------------------------
-
-
-class LightningModule(lightning.pytorch.LightningModule):
-    """The same module as a user of the other Lightning package has it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = make_smallest_model()
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.model(input_ids=batch, labels=batch).loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
-
-
-@BOTH
-def test_trainer_of_the_lightning_package(kind: type[SelectedWeightsCallback], tmp_path: Path) -> None:
-    module = LightningModule()
-    before, mask = weights_of(module.model), mask_of_everything(module.model)
-    trainer = lightning.pytorch.Trainer(**quiet([kind(mask=mask)]))
-    trainer.fit(module, make_loader(make_batches(4)))
-    assert_acted(kind, module.model, before, mask)
-    assert "safety/held_fraction" in trainer.callback_metrics
-    trainer.save_checkpoint(tmp_path / "fit.ckpt")
-    resumed = LightningModule()
-    trainer = lightning.pytorch.Trainer(**quiet([kind(mask=mask)], max_epochs=2))
-    trainer.fit(resumed, make_loader(make_batches(4)), ckpt_path=tmp_path / "fit.ckpt")
-    assert_acted(kind, resumed.model, before, mask)
 
 
 class Nested(OwnModule):

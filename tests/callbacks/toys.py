@@ -191,8 +191,10 @@ def assert_same_bits(model: nn.Module, other: nn.Module) -> None:
 
 
 def count_traces(model: nn.Module, trainer: Any) -> int:
-    """Count the hooks that are left on parameters and optimizers; `OwnModule` itself has one on each optimizer."""
-    hooks = sum(len(weight._post_accumulate_grad_hooks or ()) for weight in model.parameters())
+    """Count the hooks that are left on modules, parameters and optimizers; `OwnModule` has one on each optimizer."""
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    for weight in model.parameters():
+        hooks += len(weight._post_accumulate_grad_hooks or ()) + len(weight._backward_hooks or ())
     return hooks + sum(len(optimizer._optimizer_step_post_hooks) - 1 for optimizer in trainer.optimizers)
 
 

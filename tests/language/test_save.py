@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from safetensors import SafetensorError
 
 from lightning_safety.language import save_language_model
 
@@ -37,11 +38,18 @@ def test_what_is_there_is_not_overwritten(tiny_model, tiny_tokenizer, tmp_path):
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "file").read_text() == "mine"
 
 
-def test_a_failure_leaves_nothing(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "failure"),
+    [
+        ("tokenizer", OSError("No space left on device")),
+        ("model", SafetensorError("No space left on device (os error 28)")),
+    ],
+)
+def test_a_failure_leaves_nothing(what, failure, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     def fail(folder):
-        raise OSError("No space left on device")
+        raise failure
 
-    monkeypatch.setattr(tiny_tokenizer, "save_pretrained", fail)
+    monkeypatch.setattr({"tokenizer": tiny_tokenizer, "model": tiny_model}[what], "save_pretrained", fail)
     with pytest.raises(OSError, match="No space left"):
         save_language_model(tiny_model, tiny_tokenizer, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
