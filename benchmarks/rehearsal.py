@@ -8,6 +8,8 @@ Full fine-tuning in float32, AdamW, batches of 4 × 128 tokens. Rehearsals are o
 
 from __future__ import annotations
 
+from itertools import count
+
 import torch
 from side_by_side import compare
 
@@ -49,10 +51,11 @@ def main() -> None:
         optimizer.step()
 
     step()
+    position = count()
     ways = {
         "a training step": step,
-        "a rehearsal, add": lambda: rehearsals["add"].mix(model, parameters, 0),
-        "a rehearsal, project": lambda: rehearsals["project"].mix(model, parameters, 0),
+        "a rehearsal, add": lambda: rehearsals["add"].mix(model, parameters, next(position)),
+        "a rehearsal, project": lambda: rehearsals["project"].mix(model, parameters, next(position)),
         "an adaptive look": lambda: opening_likelihood(model, tokenizer, watched, tokens=4),
     }
     compare(ways, rounds=ROUNDS, unit="seconds")

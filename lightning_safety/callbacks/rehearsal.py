@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_safety.callbacks.log import fill_callback_metrics
-from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
+from lightning_safety.callbacks.rehearsal_need import EXPECTED_EVERY, RehearsalNeed
 from lightning_safety.callbacks.resume import (
     CallbackWithRandomness,
     check_state_version,
@@ -250,7 +250,7 @@ class SafetyRehearsal(CallbackWithRandomness):
     def _tell_how_many(self, trainer: pl.Trainer) -> None:
         """Tell the objective how many examples the fit has time for, if `max_steps` says."""
         # Asking for the length of an epoch would set the data up, and draw random numbers, too early.
-        rehearsals = math.ceil(trainer.max_steps / (self.every if isinstance(self.every, int) else 1))
+        rehearsals = math.ceil(trainer.max_steps / (self.every if isinstance(self.every, int) else EXPECTED_EVERY))
         self.rehearsal.objective.expect(rehearsals * self.rehearsal.batch_size if trainer.max_steps > 0 else None)
 
     def _is_due(self, trainer: pl.Trainer, step: int) -> bool:

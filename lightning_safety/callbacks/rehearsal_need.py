@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OPENING_TOKENS = 4
+EXPECTED_EVERY = 4
+"""About every so many steps rehearse, for what has to be made ready before the fit."""
 
 
 class RehearsalNeed:

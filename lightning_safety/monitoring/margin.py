@@ -11,8 +11,9 @@ from torch import nn
 
 from lightning_safety.data import Example
 from lightning_safety.language import encode_example, evaluation_mode
+from lightning_safety.language.branches import packed_log_probabilities
 from lightning_safety.processes import gather, share_of
-from lightning_safety.scoring import ObjectiveBatch, RefusalLikelihood, RefusalMargin, SafetyObjective
+from lightning_safety.scoring import ObjectiveBatch, RefusalMargin, SafetyObjective
 from lightning_safety.scoring.objective import batches_by_length, first_labelled
 
 if TYPE_CHECKING:
@@ -70,8 +71,13 @@ def opening_likelihood(
         first_labelled(encode_example(tokenizer, example.prompt, example.response or "", end_turn=False), tokens)
         for example in examples
     ]
-    batches = batches_by_length(rows, tokenizer, batch_size)
-    return _sum_of_scores(model, RefusalLikelihood(examples), batches) / len(rows)
+    device = next(model.parameters()).device
+    total = 0.0
+    with evaluation_mode(model), torch.no_grad():
+        for batch in batches_by_length(rows, tokenizer, batch_size):
+            sums, counts = packed_log_probabilities(model, batch.to(device).tensors)
+            total += float((sums / counts).sum())
+    return total / len(rows)
 
 
 def _sum_of_scores(model: nn.Module, objective: SafetyObjective, batches: Sequence[ObjectiveBatch]) -> float:
