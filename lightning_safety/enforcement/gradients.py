@@ -17,11 +17,17 @@ def dense_gradient(name: str, parameter: Tensor) -> Tensor | None:
         RuntimeError: The gradient is sparse.
     """
     gradient = parameter.grad
-    if gradient is not None and gradient.layout != torch.strided:
+    if gradient is not None:
+        check_dense(name, gradient)
+    return gradient
+
+
+def check_dense(name: str, gradient: Tensor) -> None:
+    """Refuse a sparse gradient, that of parameter `name`, by a RuntimeError."""
+    if gradient.layout != torch.strided:
         raise RuntimeError(
             f"Gradient of `{name}` expected to be dense but it is sparse. Build its embedding with `sparse=False`."
         )
-    return gradient
 
 
 def watch_gradient(parameter: Tensor, react: Callable[[], None]) -> RemovableHandle:

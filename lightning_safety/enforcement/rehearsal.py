@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.enforcement.processes import sum_of_products
 from lightning_safety.enforcement.rotation import Rotation
-from lightning_safety.enforcement.safety_gradient import safety_gradient
+from lightning_safety.enforcement.safety_gradient import add_safety_gradient, safety_gradient
 from lightning_safety.processes import from_first, world_size
 from lightning_safety.scoring.objective import SafetyObjective
 
@@ -47,8 +47,8 @@ class Rehearsal:
       :math:`\langle g, r\rangle < 0`, else g: a step may not raise the safety loss, to first order (A-GEM, arXiv
       1812.00420).
 
-    Held weights take no part: their gradient is zero in both. The gradient r takes the memory of one more gradient
-    while it is mixed in.
+    Held weights take no part: their gradient is zero in both. On a single device r is added as it comes; else, and with
+    ``"project"``, it takes the memory of one more gradient while it is mixed in.
 
     Args:
         objective: A loss with a lower bound. It should hold what to refuse and what not to: rehearsing refusals alone,
@@ -146,6 +146,13 @@ class Rehearsal:
         if self._rotation is None:
             raise RuntimeError("The rehearsal expected to have examples but has none yet. Call `prepare` before.")
         batch = self._rotation[position]
+        factor = self.weight * gradient_scale
+        if self.mode == "add" and factor > 0 and loss_scale == 1:
+            loss = add_safety_gradient(
+                model, parameters, self.objective, batch, weight=factor, forward_context=forward_context
+            )
+            if loss is not None:
+                return Rehearsed(loss, None)
         found = safety_gradient(
             model,
             parameters,
@@ -158,7 +165,7 @@ class Rehearsal:
         pairs = [(p, r) for p, r in zip(parameters, found.gradients, strict=True) if r is not None]
         if self.mode == "project":
             return Rehearsed(found.loss, _project(pairs))
-        _add(pairs, self.weight * gradient_scale)
+        _add(pairs, factor)
         return Rehearsed(found.loss, None)
 
 

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_safety.enforcement.gradients import dense_gradient
+from lightning_safety.enforcement.gradients import check_dense, dense_gradient
 from lightning_safety.enforcement.processes import average_over_processes, failed_anywhere
 from lightning_safety.language import canonical_name, evaluation_mode
 from lightning_safety.language.modes import uncompiled
+from lightning_safety.processes import world_size
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.finite import has_finite_norm, is_finite
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
@@ -74,17 +76,99 @@ def safety_gradient(
         if bad is None:
             break
         if scale <= 1:
-            raise RuntimeError(
-                f"The safety gradient of {_name(model, parameters[bad])} is not finite, although the loss is"
-                f" {found.loss:g}. The step is not taken. Train in float32 or bfloat16, or rehearse other examples."
-            )
+            raise _not_finite_in(_name(model, parameters[bad]), found.loss)
         scale = max(1.0, scale / _BACK_OFF)
     if all(gradient is None for gradient in found.gradients):
-        raise RuntimeError(
-            "`objective` expected to depend on weights that the optimizer trains but its loss reaches none of them."
-            " Unfreeze weights of the language model, name it by `language_model=`, or leave the rehearsal out."
-        )
+        raise _reaches_none()
     return found
+
+
+def add_safety_gradient(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    objective: SafetyObjective,
+    batch: ObjectiveBatch,
+    *,
+    weight: float,
+    forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> float | None:
+    """Add `weight` times the gradient of the safety loss to the gradients that are there, and hold no second one.
+
+    What `safety_gradient` finds is the same but for rounding. Where it raises for a gradient, those of the task have
+    been changed.
+
+    Args:
+        model: As there.
+        parameters: As there.
+        objective: As there.
+        batch: As there.
+        weight: Above 0.
+        forward_context: As there.
+
+    Returns:
+        The safety loss; None where this cannot be done and nothing was: there are several processes, `parameters` are
+        not just what the model trains (vectors in the place of weights, parts of other optimizers), or it trains in
+        float16, where the weighted gradient could overflow.
+
+    Raises:
+        RuntimeError: As there.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
+    if world_size() > 1 or wanted != {id(parameter) for parameter in trained.values()}:
+        return None
+    if any(parameter.dtype == torch.float16 for parameter in trained.values()):
+        return None
+    found: dict[str, Tensor] = {}
+    with _rehearsing_state(model), ExitStack() as hooks:
+        loss = _checked_loss(model, objective, batch, forward_context)
+        for name, parameter in trained.items():
+            hooks.callback(parameter.register_hook(partial(_note_finite, found, canonical_name(name))).remove)
+        if loss.requires_grad:
+            torch.autograd.backward(loss * weight)
+    value = float(loss.detach())
+    if not found:
+        raise _reaches_none()
+    if not bool(torch.stack(list(found.values())).all()):
+        # Named in the model's order; they were found in that of the backward pass.
+        name = next(name for name in map(canonical_name, trained) if name in found and not found[name])
+        raise _not_finite_in(f"`{name}`", value)
+    return value
+
+
+def _note_finite(found: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    check_dense(name, gradient)
+    found[name] = is_finite(gradient)
+
+
+def _checked_loss(
+    model: nn.Module,
+    objective: SafetyObjective,
+    batch: ObjectiveBatch,
+    forward_context: Callable[[], AbstractContextManager[object]],
+) -> Tensor:
+    with forward_context():
+        loss = objective.loss(model, batch.to(next(model.parameters()).device))
+    if failed_anywhere([loss.detach().isfinite()])[0]:
+        raise RuntimeError(
+            f"The safety loss of {type(objective).__name__} expected to be finite but is {float(loss.detach()):g}. The"
+            " step is not taken. Check the model's weights, and train in float32 or bfloat16."
+        )
+    return loss
+
+
+def _not_finite_in(name: str, loss: float) -> RuntimeError:
+    return RuntimeError(
+        f"The safety gradient of {name} is not finite, although the loss is {loss:g}. The step is not taken. Train in"
+        " float32 or bfloat16, or rehearse other examples."
+    )
+
+
+def _reaches_none() -> RuntimeError:
+    return RuntimeError(
+        "`objective` expected to depend on weights that the optimizer trains but its loss reaches none of them."
+        " Unfreeze weights of the language model, name it by `language_model=`, or leave the rehearsal out."
+    )
 
 
 def _attempt(
@@ -97,14 +181,7 @@ def _attempt(
     forward_context: Callable[[], AbstractContextManager[object]],
 ) -> SafetyGradient:
     with _rehearsing_state(model), _gradients_put_aside([*model.parameters(), *parameters, *beside]):
-        with forward_context():
-            loss = objective.loss(model, batch.to(next(model.parameters()).device))
-        value = float(loss.detach())
-        if failed_anywhere([loss.detach().isfinite()])[0]:
-            raise RuntimeError(
-                f"The safety loss of {type(objective).__name__} expected to be finite but is {value:g}. The step is not"
-                " taken. Check the model's weights, and train in float32 or bfloat16."
-            )
+        loss = _checked_loss(model, objective, batch, forward_context)
         if loss.requires_grad:
             torch.autograd.backward(loss * scale)
         names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
@@ -113,7 +190,7 @@ def _attempt(
         if gradient is not None and scale != 1:
             gradient.div_(scale)
     average_over_processes([gradient for gradient in gradients if gradient is not None])
-    return SafetyGradient(value, gradients)
+    return SafetyGradient(float(loss.detach()), gradients)
 
 
 @contextmanager

@@ -43,13 +43,16 @@ def ready(model: Any, **options: Any) -> tuple[Rehearsal, Tensor]:
     return Rehearsal(TokenRows(), batch_size=3, **options).prepare(model, None), safety  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("loss_scale", [1.0, 64.0])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_add_is_the_sum(scale: float) -> None:
+def test_add_is_the_sum(scale: float, loss_scale: float) -> None:
     model = make_smallest_model()
     rehearsal, safety = ready(model, weight=0.25)
     task = give_task(model, 0.5, safety)
-    done = rehearsal.mix(model, list(model.parameters()), 0, gradient_scale=scale)
+    kept = [weight.grad for weight in model.parameters()]
+    done = rehearsal.mix(model, list(model.parameters()), 0, gradient_scale=scale, loss_scale=loss_scale)
     torch.testing.assert_close(gradients(model), task + 0.25 * scale * safety)
+    assert all(weight.grad is gradient for weight, gradient in zip(model.parameters(), kept, strict=True))
     assert done.conflict is None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_safety.enforcement import WeightHolder
 from lightning_safety.enforcement.compact import CompactTraining
-from lightning_safety.enforcement.safety_gradient import _not_finite, safety_gradient
+from lightning_safety.enforcement.safety_gradient import _not_finite, add_safety_gradient, safety_gradient
 from lightning_safety.scoring import ObjectiveBatch, SafetyObjective
 from tests.callbacks.toys import make_smallest_model, mask_of_everything
 from tests.enforcement.objectives import Broken, Elsewhere, TokenRows
@@ -122,6 +122,44 @@ def test_the_first_gradient_that_is_not_finite_is_found(bad: float) -> None:
     assert torch.linalg.vector_norm(large).isinf()
     assert _not_finite([torch.ones(3), large, None, torch.empty(0)]) is None
     assert _not_finite([torch.ones(3), large, None, torch.tensor([1.0, bad]), torch.tensor([bad])]) == 3
+
+
+def test_what_is_added_in_place_is_what_is_found_beside() -> None:
+    model, beside = make_smallest_model(), make_smallest_model()
+    found = safety_gradient(beside, list(beside.parameters()), *all_rows(TokenRows()))
+    loss = add_safety_gradient(model, list(model.parameters()), *all_rows(TokenRows()), weight=1.0)
+    assert loss == found.loss
+    for weight, gradient in zip(model.parameters(), found.gradients, strict=True):
+        assert torch.equal(weight.grad, gradient)
+
+
+def test_where_it_cannot_be_added_in_place_nothing_is() -> None:
+    model = make_smallest_model()
+    weights = list(model.parameters())
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    assert add_safety_gradient(model, weights[:5], *all_rows(TokenRows()), weight=1.0) is None
+    assert add_safety_gradient(model.half(), weights, *all_rows(TokenRows()), weight=1.0) is None
+    model.float()
+    with CompactTraining(mask_of_everything(model)).attach(model, [optimizer]):
+        vectors = [vector for group in optimizer.param_groups for vector in group["params"]]
+        assert add_safety_gradient(model, vectors, *all_rows(TokenRows()), weight=1.0) is None
+    assert all(weight.grad is None for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (Broken(), r"The safety loss of Broken expected to be finite but is nan\. The step is not taken"),
+        (Broken(gradient_only=True), r"safety gradient of `model\.embed_tokens\.weight` is not finite, although"),
+        (Elsewhere(), r"`objective` expected to depend on weights that the optimizer trains but its loss reaches none"),
+    ],
+)
+def test_bad_gradients_are_refused_in_place_too(objective: TokenRows, message: str) -> None:
+    model = make_smallest_model()
+    with pytest.raises(RuntimeError, match=message):
+        add_safety_gradient(model, list(model.parameters()), *all_rows(objective), weight=2.0)
+    assert model.training
+    assert all(not weight._backward_hooks for weight in model.parameters())
 
 
 def test_vectors_of_other_optimizers_keep_their_gradients() -> None:
