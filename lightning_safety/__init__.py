@@ -37,14 +37,7 @@ if TYPE_CHECKING:
         load_causal_lm,
         load_tokenizer,
     )
-    from lightning_safety.monitoring import (
-        KeywordRefusalJudge,
-        OwnReplies,
-        ReferenceDivergence,
-        Verdict,
-        evaluate_safety,
-        perplexity,
-    )
+    from lightning_safety.monitoring import KeywordRefusalJudge, OwnReplies, Verdict, evaluate_safety, perplexity
     from lightning_safety.scoring import (
         GuardJudgedSafety,
         LeanScoring,
@@ -87,14 +80,7 @@ _ROOMS = {
         "save_held_adapter",
     ),
     "language": ("find_language_model", "generate_replies", "load_causal_lm", "load_tokenizer"),
-    "monitoring": (
-        "KeywordRefusalJudge",
-        "OwnReplies",
-        "ReferenceDivergence",
-        "Verdict",
-        "evaluate_safety",
-        "perplexity",
-    ),
+    "monitoring": ("KeywordRefusalJudge", "OwnReplies", "Verdict", "evaluate_safety", "perplexity"),
     "scoring": (
         "GuardJudgedSafety",
         "LeanScoring",

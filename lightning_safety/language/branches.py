@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_safety.data.collator import IGNORED_LABEL
-from lightning_safety.language.likelihood import logits_at, response_log_probabilities, response_logits
+from lightning_safety.language.likelihood import logits_at, response_log_probabilities
 from lightning_safety.language.prefix import TokensRun, can_share_prefix, compute_shared_prefix, tokens_run
 
 _BEGINNING = 0
@@ -67,48 +67,12 @@ def packed_log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> t
     return _log_probabilities(model, batch, [range(len(batch["input_ids"]))])
 
 
-def packed_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return what a model predicts where a batch has labels, row after row, run as `packed_log_probabilities` does.
-
-    Args:
-        model: As there.
-        batch: As there.
-
-    Returns:
-        Logits [N, vocabulary] in the model's dtype, and the row of each of the N labels.
-    """
-    found = _branched_logits(model, batch, [range(len(batch["input_ids"]))])
-    if found is None:
-        logits, _, counted = response_logits(model, batch)
-        return logits, counted.nonzero()[:, 0]
-    return found.logits, found.owners
-
-
-class _Predicted(NamedTuple):
-    logits: Tensor  # [N, vocabulary]
-    labels: Tensor  # [N]
-    owners: Tensor  # [N], the row that each came from
-
-
 def _log_probabilities(
     model: nn.Module, batch: Mapping[str, Tensor], groups: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
-    found = _branched_logits(model, batch, groups)
-    if found is None:
-        return response_log_probabilities(model, batch)
-    precise = found.logits if found.logits.dtype == torch.float64 else found.logits.float()
-    values = -functional.cross_entropy(precise, found.labels, reduction="none")
-    empty = values.new_zeros(len(batch["input_ids"]))
-    return empty.index_add(0, found.owners, values), empty.index_add(0, found.owners, torch.ones_like(values))
-
-
-def _branched_logits(
-    model: nn.Module, batch: Mapping[str, Tensor], groups: Sequence[Sequence[int]]
-) -> _Predicted | None:
-    """Return what is predicted of the labels, row after row of each group; None where rows cannot be merged."""
     merged = _merge(batch, groups) if can_branch(model) else None
     if merged is None:
-        return None
+        return response_log_probabilities(model, batch)
     device = batch["input_ids"].device
     tokens, present = _padded_tokens(merged, device)
     positions, branches = _padded(merged.positions, 0, device), _padded(merged.branches, _PADDING, device)
@@ -129,7 +93,11 @@ def _branched_logits(
     rows, places, labels, owners = (
         torch.tensor(values, device=device) for values in (merged.rows, merged.places, merged.labels, merged.owners)
     )
-    return _Predicted(logits_at(model, arguments, (rows, places - prefix.length)), labels, owners)
+    logits = logits_at(model, arguments, (rows, places - prefix.length))
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    values = -functional.cross_entropy(precise, labels, reduction="none")
+    empty = values.new_zeros(len(batch["input_ids"]))
+    return empty.index_add(0, owners, values), empty.index_add(0, owners, torch.ones_like(values))
 
 
 def paired_tokens_run(model: nn.Module, batch: Mapping[str, Tensor]) -> TokensRun:

@@ -59,7 +59,6 @@ from lightning_safety.monitoring.rates import (
     refusal_rate,
     unscored_rate,
 )
-from lightning_safety.monitoring.reference_divergence import ReferenceDivergence
 from lightning_safety.monitoring.repeated import RepeatedComparison
 from lightning_safety.monitoring.separability import Separability, linear_separability
 from lightning_safety.monitoring.sets import PromptSource, read_prompts
@@ -101,7 +100,6 @@ __all__ = [
     "Projection",
     "PromptSource",
     "Rate",
-    "ReferenceDivergence",
     "RefusalClassifier",
     "RefusalRate",
     "RepeatedComparison",

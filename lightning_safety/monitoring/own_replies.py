@@ -24,8 +24,6 @@ from lightning_safety.scoring.shards import is_sharded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A kind of prompts, and the number of one of them.
-_Row = tuple[str, int]
 _JUDGED_TOKENS = 12
 _SPARE_TOKENS = 4
 _BATCH_SIZE = 32
@@ -118,21 +116,7 @@ class OwnReplies(SafetyObjective):
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
         """Return the kept replies, a refusal and its answers in turn; of a kind with too few, rows come again."""
-        rows = self._rows(tokenizer)
-        turns = self._turns()
-        padding = pad_token_id(tokenizer)
-        groups = [turns[start : start + batch_size] for start in range(0, len(turns), batch_size)]
-        return [
-            ObjectiveBatch(
-                pad_batch([rows[kind][number] for kind, number in group], pad_token_id=padding) | self._extra(group),
-                len(group),
-            )
-            for group in groups
-        ]
-
-    def _rows(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[TokenizedExample]]:
-        """Return prompts with the beginnings of their replies, by kind."""
-        return {
+        encoded = {
             kind: [
                 # Most replies are cut: the model must not learn to stop there.
                 first_labelled(encode_example(tokenizer, prompt, reply, end_turn=False), self.max_new_tokens)
@@ -140,20 +124,10 @@ class OwnReplies(SafetyObjective):
             ]
             for kind, pairs in self._pairs.items()
         }
-
-    def _extra(self, group: Sequence[_Row]) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return what else a batch of these rows holds, one entry a row."""
-        return {}
-
-    def _turns(self) -> list[_Row]:
-        """Return one refusal, so many answers, the next refusal and so on, until every row has come at least once."""
-        refusals, answers = (len(self._pairs[kind]) for kind in ("harmful", "borderline"))
-        turns: list[_Row] = []
-        for turn in range(max(refusals, math.ceil(answers / self.answers_per_refusal))):
-            turns.append(("harmful", turn % refusals))
-            first = turn * self.answers_per_refusal
-            turns += [("borderline", place % answers) for place in range(first, first + self.answers_per_refusal)]
-        return turns
+        padding = pad_token_id(tokenizer)
+        rows = _in_turn(encoded["harmful"], encoded["borderline"], self.answers_per_refusal)
+        groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        return [ObjectiveBatch(pad_batch(group, pad_token_id=padding), len(group)) for group in groups]
 
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
         """Return the mean over examples of the mean negative log-probability per token of the reply."""
@@ -163,6 +137,19 @@ class OwnReplies(SafetyObjective):
     def tokens_run(self, model: nn.Module, batch: ObjectiveBatch) -> TokensRun:
         """Return how many tokens `loss` runs."""
         return packed_tokens_run(model, batch.tensors)
+
+
+def _in_turn(
+    refusals: Sequence[TokenizedExample], answers: Sequence[TokenizedExample], answers_per_refusal: int
+) -> list[TokenizedExample]:
+    """Return one refusal, so many answers, the next refusal and so on, until every row has come at least once."""
+    turns = max(len(refusals), math.ceil(len(answers) / answers_per_refusal))
+    rows = []
+    for turn in range(turns):
+        rows.append(refusals[turn % len(refusals)])
+        first = turn * answers_per_refusal
+        rows += [answers[place % len(answers)] for place in range(first, first + answers_per_refusal)]
+    return rows
 
 
 def keep_replies(
