@@ -67,7 +67,7 @@ class SafetyRehearsal(CallbackWithRandomness):
             task's gradient would raise the safety loss is taken out (A-GEM).
         objective: The safety loss. Default: `OwnReplies`, what the model itself refuses and answers when the fit
             starts, which takes some seconds of generation.
-        weight: What the safety loss is multiplied by, with ``mode="add"``. Default: 2.
+        weight: What the safety loss is multiplied by, with ``mode="add"``. Default: 3.
         batch_size: Examples in one rehearsal.
         watch_every_n_steps: With ``every="adaptive"``, after how many optimizer steps to look.
         tolerance: With ``every="adaptive"``, by how much the log-probability of a refusal's first four tokens may
@@ -88,7 +88,7 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     Example:
         >>> import pytorch_lightning as pl
-        >>> trainer = pl.Trainer(callbacks=[SafetyRehearsal(every=3)], accelerator="cpu", logger=False)
+        >>> trainer = pl.Trainer(callbacks=[SafetyRehearsal(every=4)], accelerator="cpu", logger=False)
         >>> SafetyRehearsal(every=0)
         Traceback (most recent call last):
         ...
@@ -97,7 +97,7 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     def __init__(
         self,
-        every: int | Literal["adaptive"] = 3,
+        every: int | Literal["adaptive"] = 4,
         mode: RehearsalMode = "add",
         objective: SafetyObjective | None = None,
         *,

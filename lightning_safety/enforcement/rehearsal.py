@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RehearsalMode = Literal["add", "project"]
 # Of a loss per token, so that a few short replies count beside a batch of long ones.
-_WEIGHT = 2.0
+_WEIGHT = 3.0
 
 
 class Rehearsed(NamedTuple):
@@ -54,7 +54,7 @@ class Rehearsal:
         objective: A loss with a lower bound. It should hold what to refuse and what not to: rehearsing refusals alone,
             a model comes to refuse whatever looks harmful.
         mode: How the gradients are mixed.
-        weight: λ; None: 2. With ``"project"`` leave it out: the length of r cancels out.
+        weight: λ; None: 3. With ``"project"`` leave it out: the length of r cancels out.
         batch_size: Examples in one rehearsal.
         seed: Of the order in which the examples come round.
 

@@ -52,7 +52,8 @@ class OwnReplies(SafetyObjective):
             long fit, and then keep nothing else: allow about as many as there will be rehearsals.
         answers_per_refusal: How many answers are kept for each refusal. Refusals are alike and answers are not: with as
             many of each, a model comes to refuse more.
-        max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones.
+        max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones; of
+            what follows a refusal has next to nothing left to learn, so that with more of it that decision counts less.
 
     Raises:
         ValueError: An argument is out of range. From `prepare`: there are no prompts, or the model refuses no harmful
@@ -67,7 +68,7 @@ class OwnReplies(SafetyObjective):
         split: str = "train",
         prompts: int = 128,
         answers_per_refusal: int = 2,
-        max_new_tokens: int = 12,
+        max_new_tokens: int = 4,
     ) -> None:
         self.harmful = harmful
         self.borderline = borderline

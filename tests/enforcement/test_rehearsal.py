@@ -124,7 +124,7 @@ def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exceptio
 
 
 def test_the_default_weight_is_for_adding() -> None:
-    assert Rehearsal(TokenRows()).weight == 2
+    assert Rehearsal(TokenRows()).weight == 3
     assert Rehearsal(TokenRows(), mode="project").weight == 1
 
 
