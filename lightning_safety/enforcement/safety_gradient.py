@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_safety.enforcement.gradients import check_dense, dense_gradient
 from lightning_safety.enforcement.processes import average_over_processes, failed_anywhere
@@ -123,7 +124,8 @@ def add_safety_gradient(
     with _rehearsing_state(model), ExitStack() as hooks:
         loss = _checked_loss(model, objective, batch, forward_context)
         for name, parameter in trained.items():
-            hooks.callback(parameter.register_hook(partial(_note_finite, found, canonical_name(name))).remove)
+            register: Callable[..., RemovableHandle] = parameter.register_hook
+            hooks.callback(register(partial(_note_finite, found, canonical_name(name))).remove)
         if loss.requires_grad:
             torch.autograd.backward(loss * weight)
     value = float(loss.detach())
