@@ -50,8 +50,7 @@ class OwnReplies(SafetyObjective):
         prompts: At most so many harmful prompts, spread evenly over the set, and `answers_per_refusal` times as many
             borderline ones; fewer where a `SafetyRehearsal` has no time for all. Too few are learned by heart in a
             long fit, and then keep nothing else: allow about as many as there will be rehearsals.
-        answers_per_refusal: How many answers are kept for each refusal. Refusals are alike and answers are not: with as
-            many of each, a model comes to refuse more.
+        answers_per_refusal: How many answers are kept for each refusal. With more a model comes to refuse less.
         max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones; of
             what follows a refusal has next to nothing left to learn, so that with more of it that decision counts less.
 
@@ -67,7 +66,7 @@ class OwnReplies(SafetyObjective):
         *,
         split: str = "train",
         prompts: int = 128,
-        answers_per_refusal: int = 2,
+        answers_per_refusal: int = 1,
         max_new_tokens: int = 4,
     ) -> None:
         self.harmful = harmful

@@ -64,7 +64,7 @@ def test_no_more_prompts_are_asked_than_a_fit_has_time_for(
         return [REFUSAL, *(["Close it."] * (len(prompts) - 1))]
 
     monkeypatch.setattr(own_replies, "generate_replies", reply)
-    objective = OwnReplies()
+    objective = OwnReplies(answers_per_refusal=2)
     objective.expect(expected)
     objective.prepare(make_tiny_model(), TOKENIZER)
     assert tuple(counts) == asked
@@ -81,7 +81,7 @@ def test_only_the_first_tokens_of_a_reply_count() -> None:
 def test_both_kinds_are_in_every_batch_and_the_rarer_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REPLIES, "harmful second", REFUSAL)
     monkeypatch.setitem(REPLIES, "harmful third", REFUSAL)
-    objective = prepared(harmful=[*HARMFUL, Example("harmful second"), Example("harmful third")])
+    objective = prepared(harmful=[*HARMFUL, Example("harmful second"), Example("harmful third")], answers_per_refusal=2)
     batches = objective.batches(TOKENIZER, batch_size=3)
     texts = [[TOKENIZER.decode(ids) for ids in batch.tensors["input_ids"]] for batch in batches]
     assert [batch.examples for batch in batches] == [3, 3, 3]
