@@ -63,7 +63,7 @@ def test_the_study_runs_from_the_command_line_and_goes_on(source: Path, tmp_path
     printed = capsys.readouterr().out
     assert (tmp_path / "results.md").read_text(encoding="utf-8") in printed
     assert (tmp_path / "front-full.png").read_bytes().startswith(b"\x89PNG")
-    assert "- full/benign: rehearsal-2, " in printed  # not run, and said to be
+    assert "- full/benign: rehearsal, adaptive, rehearsal-2, " in printed  # not run, and said to be
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")}
     run(source, tmp_path, "--only=[plain, slower, spa-1]", "--training=[full, lora]")
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
