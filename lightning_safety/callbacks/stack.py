@@ -14,8 +14,8 @@ from lightning_safety.callbacks.rehearsal import SafetyRehearsal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What one rehearsal takes in training steps on batches of 4 × 128 tokens (benchmarks/rehearsal.py).
-_STEPS_PER_REHEARSAL = 0.4
+# What one rehearsal takes in training steps on batches of four short rows under bfloat16 autocast (docs/preserving.md).
+_STEPS_PER_REHEARSAL = 0.5
 
 
 def preserve_safety(
@@ -31,8 +31,8 @@ def preserve_safety(
     device and under DDP.
 
     Args:
-        budget: The extra training time to spend on rehearsals, as a share: about so much where a step takes 4 × 128
-            tokens, less where it takes more. At least 0.01.
+        budget: The extra training time to spend on rehearsals, as a share: about so much where a step takes four
+            short rows, less where it takes more. At least 0.01.
         tokenizer: The tokenizer or its path. Default: it is looked for.
         language_model: The dotted name of the language model in the module, where there are several.
 
