@@ -90,7 +90,9 @@ def fit(
     ],
 )
 def test_killed_and_resumed_is_uninterrupted(tmp_path, kind, given):
-    whole, _ = fit(tmp_path / "whole", kind, given)
+    whole, first = fit(tmp_path / "whole", kind, given)
+    if kind in REHEARSALS:
+        assert 0 < first.callback_metrics["safety/rehearsal_share"] < 1
     folder = tmp_path / "killed"
     call = f"fit(Path({str(folder)!r}), {kind!r}, {given})"
     program = f"from pathlib import Path; from tests.callbacks.test_resume import fit; {call}"
