@@ -20,7 +20,7 @@ from lightning_safety.processes import world_size
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.finite import has_finite_norm, is_finite
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective
-from lightning_safety.scoring.shards import local_part
+from lightning_safety.scoring.shards import is_sharded, local_part
 
 # By how much a loss is scaled down where its gradient overflows; a gradient scaler halves its scale, step by step.
 _BACK_OFF = 2.0**8
@@ -107,9 +107,9 @@ def add_safety_gradient(
         forward_context: As there.
 
     Returns:
-        The safety loss; None where this cannot be done and nothing was: there are several processes, `parameters` are
-        not just what the model trains (vectors in the place of weights, parts of other optimizers), or it trains in
-        float16, where the weighted gradient could overflow.
+        The safety loss; None where this cannot be done and nothing was: the model is sharded, there are several
+        processes, `parameters` are not just what the model trains (vectors in the place of weights, parts of other
+        optimizers), or it trains in float16, where the weighted gradient could overflow.
 
     Raises:
         RuntimeError: As there.
@@ -117,6 +117,9 @@ def add_safety_gradient(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
     if world_size() > 1 or wanted != {id(parameter) for parameter in trained.values()}:
+        return None
+    # FSDP2 gives sharded weights their gradients itself, in one process too, where hooks of theirs do not see them.
+    if is_sharded(trained.values()):
         return None
     if any(parameter.dtype == torch.float16 for parameter in trained.values()):
         return None
