@@ -128,22 +128,24 @@ def add_safety_gradient(
         loss = _checked_loss(model, objective, batch, forward_context)
         for name, parameter in trained.items():
             register: Callable[..., RemovableHandle] = parameter.register_hook
-            hooks.callback(register(partial(_note_finite, found, canonical_name(name))).remove)
+            hooks.callback(register(partial(_note_finite, found, name)).remove)
         if loss.requires_grad:
             torch.autograd.backward(loss * weight)
     value = float(loss.detach())
     if not found:
         raise _reaches_none()
     if not bool(torch.stack(list(found.values())).all()):
-        # Named in the model's order; they were found in that of the backward pass.
-        name = next(name for name in map(canonical_name, trained) if name in found and not found[name])
-        raise _not_finite_in(f"`{name}`", value)
+        for name, parameter in trained.items():
+            # What is not finite stays so in the sum; of what only has large entries the norm has overflowed.
+            summed = parameter.grad
+            if name in found and not found[name] and summed is not None and not is_finite(summed):
+                raise _not_finite_in(f"`{canonical_name(name)}`", value)
     return value
 
 
 def _note_finite(found: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    check_dense(name, gradient)
-    found[name] = is_finite(gradient)
+    check_dense(canonical_name(name), gradient)
+    found[name] = has_finite_norm(gradient)
 
 
 def _checked_loss(
