@@ -70,7 +70,7 @@ def packed_log_probabilities(model: nn.Module, batch: Mapping[str, Tensor]) -> t
 def _log_probabilities(
     model: nn.Module, batch: Mapping[str, Tensor], groups: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
-    merged = _merge(batch, groups) if can_branch(model) else None
+    merged = _merge(batch, groups) if _can_branch(model) else None
     if merged is None:
         return response_log_probabilities(model, batch)
     device = batch["input_ids"].device
@@ -111,7 +111,7 @@ def packed_tokens_run(model: nn.Module, batch: Mapping[str, Tensor]) -> TokensRu
 
 
 def _tokens_run(model: nn.Module, batch: Mapping[str, Tensor], groups: Sequence[Sequence[int]]) -> TokensRun:
-    merged = _merge(batch, groups) if can_branch(model) else None
+    merged = _merge(batch, groups) if _can_branch(model) else None
     if merged is None:
         return tokens_run(model, batch["input_ids"], batch["attention_mask"])
     return tokens_run(model, *_padded_tokens(merged, batch["input_ids"].device))
@@ -177,7 +177,7 @@ def _padded(values: list[list[int]], filler: int, device: torch.device) -> Tenso
     return torch.tensor([row + [filler] * (length - len(row)) for row in values], device=device)
 
 
-def can_branch(model: nn.Module) -> bool:
+def _can_branch(model: nn.Module) -> bool:
     """Whether masks and positions of our own are all that tells a model what precedes what."""
     config: Any = getattr(model, "config", None)
     # Code from elsewhere may take a mask of four dimensions for something else.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +11,9 @@ from torch import nn
 
 from lightning_safety.data import Example
 from lightning_safety.language import encode_example, evaluation_mode
-from lightning_safety.language.branches import packed_log_probabilities
 from lightning_safety.processes import gather, share_of
-from lightning_safety.scoring import ObjectiveBatch, RefusalMargin, SafetyObjective
-from lightning_safety.scoring.objective import batches_by_length, first_labelled
+from lightning_safety.scoring import ObjectiveBatch, RefusalMargin
+from lightning_safety.scoring.objective import batches_by_length, first_labelled, mean_log_probability
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +45,12 @@ def refusal_margin(
     total = 0.0
     if share := share_of(refused) if shared else refused:
         objective = RefusalMargin(examples=share)
-        total = _sum_of_scores(model, objective, objective.batches(tokenizer, batch_size=batch_size))
+        total = _sum_over(
+            model,
+            objective.batches(tokenizer, batch_size=batch_size),
+            # The objective is a loss, the mean over the examples of its batch.
+            lambda batch: -float(objective.loss(model, batch)) * batch.examples,
+        )
     return sum(gather(total) if shared else [total]) / len(refused)
 
 
@@ -71,21 +75,16 @@ def opening_likelihood(
         first_labelled(encode_example(tokenizer, example.prompt, example.response or "", end_turn=False), tokens)
         for example in examples
     ]
-    device = next(model.parameters()).device
-    total = 0.0
-    with evaluation_mode(model), torch.no_grad():
-        for batch in batches_by_length(rows, tokenizer, batch_size):
-            sums, counts = packed_log_probabilities(model, batch.to(device).tensors)
-            total += float((sums / counts).sum())
+    total = _sum_over(
+        model,
+        batches_by_length(rows, tokenizer, batch_size),
+        lambda batch: float(mean_log_probability(model, batch.tensors, packed=True).sum()),
+    )
     return total / len(rows)
 
 
-def _sum_of_scores(model: nn.Module, objective: SafetyObjective, batches: Sequence[ObjectiveBatch]) -> float:
-    """Return the sum over all examples of an objective's score."""
+def _sum_over(model: nn.Module, batches: Sequence[ObjectiveBatch], score: Callable[[ObjectiveBatch], float]) -> float:
+    """Return the sum over all batches of a score, without gradients, on the model in evaluation mode."""
     device = next(model.parameters()).device
-    total = 0.0
     with evaluation_mode(model), torch.no_grad():
-        for batch in batches:
-            # The objective is a loss, the mean over the examples of its batch.
-            total -= float(objective.loss(model, batch.to(device))) * batch.examples
-    return total
+        return sum(score(batch.to(device)) for batch in batches)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example, TokenizedExample, pad_batch
 from lightning_safety.language import encode_example, generate_replies
-from lightning_safety.language.branches import packed_log_probabilities, packed_tokens_run
+from lightning_safety.language.branches import packed_tokens_run
 from lightning_safety.language.prefix import TokensRun
 from lightning_safety.language.tokenizer import pad_token_id
 from lightning_safety.monitoring.judges import KeywordRefusalJudge
 from lightning_safety.monitoring.sets import PromptSource, read_prompts
-from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective, first_labelled
+from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective, first_labelled, mean_log_probability
 from lightning_safety.scoring.shards import is_sharded
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ class OwnReplies(SafetyObjective):
 
     def loss(self, model: nn.Module, batch: ObjectiveBatch) -> Tensor:
         """Return the mean over examples of the mean negative log-probability per token of the reply."""
-        sums, counts = packed_log_probabilities(model, batch.tensors)
-        return -(sums / counts).mean()
+        return -mean_log_probability(model, batch.tensors, packed=True).mean()
 
     def tokens_run(self, model: nn.Module, batch: ObjectiveBatch) -> TokensRun:
         """Return how many tokens `loss` runs."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example, TokenizedExample, length_buckets, load_prompts, pad_batch
 from lightning_safety.data.collator import IGNORED_LABEL
-from lightning_safety.language.branches import paired_log_probabilities, paired_tokens_run
+from lightning_safety.language.branches import packed_log_probabilities, paired_log_probabilities, paired_tokens_run
 from lightning_safety.language.chat import encode_example
 from lightning_safety.language.likelihood import response_log_probabilities
 from lightning_safety.language.prefix import TokensRun, tokens_run
@@ -264,9 +264,9 @@ class RefusalMargin(ExampleObjective):
         return (scores[batch.examples :] - scores[: batch.examples]).mean()
 
 
-def mean_log_probability(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
-    """Return the mean log-probability per labelled token of each row. float32 [rows]."""
-    sums, counts = response_log_probabilities(model, tensors)
+def mean_log_probability(model: nn.Module, tensors: dict[str, Tensor], *, packed: bool = False) -> Tensor:
+    """Return the mean log-probability per labelled token of each row, run as one row if `packed`. float32 [rows]."""
+    sums, counts = (packed_log_probabilities if packed else response_log_probabilities)(model, tensors)
     return sums / counts
 
 

@@ -13,7 +13,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from lightning_safety.data import TokenizedExample, pad_batch
 from lightning_safety.language import branches, response_log_probabilities
 from lightning_safety.language.branches import (
-    can_branch,
     packed_log_probabilities,
     packed_tokens_run,
     paired_log_probabilities,
@@ -92,7 +91,7 @@ def test_values_and_gradients_are_those_of_two_rows(kind: str, shared: int) -> N
         "double": lambda: make_tiny_model(initializer_range=0.3).double(),
         "nf4": make_quantized_model,
     }[kind]()
-    assert can_branch(model)
+    assert branches._can_branch(model)
     # Rotary embeddings are float32 in float64 models too.
     for count in (1, 3):
         assert_same(model, make_pairs(count, shared), 1e-6 if kind == "double" else 1e-5)
@@ -101,7 +100,7 @@ def test_values_and_gradients_are_those_of_two_rows(kind: str, shared: int) -> N
 @pytest.mark.parametrize("family", DENSE)
 def test_dense_families(family: str) -> None:
     model = make_dense(family)
-    assert can_branch(model) == (family not in {"bloom", "gemma3_text", "gpt_neo", "mamba", "mistral"})
+    assert branches._can_branch(model) == (family not in {"bloom", "gemma3_text", "gpt_neo", "mamba", "mistral"})
     assert_same(model, make_pairs())
 
 
@@ -109,9 +108,9 @@ def test_dense_families(family: str) -> None:
 def test_mixtures(family: str) -> None:
     model = make_mixture(family)
     if family in {"mixtral", "olmoe", "qwen3_moe"}:
-        assert can_branch(model)
+        assert branches._can_branch(model)
     if family in {"gpt_oss", "jamba", "lfm2_moe", "minimax", "qwen3_next", "nemotron_h"}:
-        assert not can_branch(model)
+        assert not branches._can_branch(model)
     assert_same(model, make_pairs())
 
 
@@ -182,5 +181,5 @@ def test_models_that_cannot_are_run_row_by_row(make: Any) -> None:
     model = make()
     if model.config._attn_implementation == "sdpa":
         model.config.output_router_logits = True
-    assert not can_branch(model)
+    assert not branches._can_branch(model)
     assert_same(model, make_pairs())
