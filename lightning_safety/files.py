@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def replace_atomically(path: str | os.PathLike[str], *, mode: int | None = None) -> Iterator[Path]:
@@ -45,6 +47,9 @@ def replace_atomically(path: str | os.PathLike[str], *, mode: int | None = None)
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(target)
+    except SafetensorError as error:
+        # What it raises for a full disk is no OSError.
+        raise OSError(f"`{target}` could not be written: {error}. An older file is unchanged.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,6 +82,8 @@ def make_folder_atomically(path: str | os.PathLike[str], argument: str) -> Itera
         target.mkdir(exist_ok=True)
         temporary.chmod(target.stat().st_mode)
         temporary.replace(target)
+    except SafetensorError as error:
+        raise OSError(f"`{target}` could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -54,10 +54,7 @@ def write_patch_file(
     }
     header["checksum"] = _checksum(tensors, header)
     with replace_atomically(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:
-            raise OSError(f"`{os.fspath(path)}` could not be written: {error}. An older file is unchanged.") from error
+        save_file(tensors, temporary, metadata=header)
 
 
 def read_patch_file(path: str | os.PathLike[str], build: type[SafetyPatch]) -> SafetyPatch:

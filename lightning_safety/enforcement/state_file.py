@@ -64,10 +64,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         OSError: The file cannot be written. An older file stays as it was.
     """
     with replace_atomically(path) as temporary:
-        try:
-            save_file({name: _alone(tensor) for name, tensor in weights.items()}, temporary)
-        except SafetensorError as error:
-            raise OSError(f"`{path}` could not be written: {error}. An older file is unchanged.") from error
+        save_file({name: _alone(tensor) for name, tensor in weights.items()}, temporary)
 
 
 def load_weights(path: Path, sha256: str) -> dict[str, Tensor] | None:

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
 from lightning_safety.files import make_folder_atomically
 
 if TYPE_CHECKING:
@@ -35,9 +33,6 @@ def save_language_model(
         OSError: It cannot be written.
     """
     with make_folder_atomically(folder, "folder") as temporary:
-        try:
-            model.save_pretrained(temporary)
-        except SafetensorError as error:
-            raise OSError(f"{folder} could not be written: {error}") from error
+        model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return Path(folder)

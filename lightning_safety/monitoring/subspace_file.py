@@ -71,17 +71,13 @@ class SubspaceFile:
         Raises:
             OSError: The file cannot be written. An older one stays as it was.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"{_START}/{name}": weight.detach().cpu().contiguous() for name, weight in start.items()}
         for kind, found in bases.items():
             tensors |= {f"{kind}/{name}": basis.float().cpu().contiguous() for name, basis in found.items()}
         with replace_atomically(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"format": _FORMAT, **metadata})
-            except SafetensorError as error:
-                raise OSError(f"`{path}` could not be written: {error}. An older file is unchanged.") from error
+            save_file(tensors, temporary, metadata={"format": _FORMAT, **metadata})
 
     def matrices(self, kind: str) -> list[str]:
         """Return the names of the matrices that have a basis of this kind."""

@@ -45,10 +45,7 @@ def write_mask_file(
         "checksum": _checksum(indices, shapes_text, metadata_text),
     }
     with replace_atomically(path) as temporary:
-        try:
-            save_file(dict(indices), temporary, metadata=header)
-        except SafetensorError as error:
-            raise OSError(f"`{os.fspath(path)}` could not be written: {error}. An older file is unchanged.") from error
+        save_file(dict(indices), temporary, metadata=header)
 
 
 def read_mask_file(
