@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_safety.callbacks.log import fill_callback_metrics
+from lightning_safety.callbacks.log import fill_callback_metrics, log_to_loggers
 from lightning_safety.callbacks.rehearsal_need import EXPECTED_EVERY, RehearsalNeed
 from lightning_safety.callbacks.resume import (
     CallbackWithRandomness,
@@ -48,9 +48,9 @@ class SafetyRehearsal(CallbackWithRandomness):
     the weights that a `SafetyEnhancementTuning` selects; what a `SafetyPreservingAdaptation` holds stays held.
 
     Logged are, all under ``safety/``: ``rehearsal_loss`` (before the step, in nats per token), ``rehearsal_share``
-    (rehearsals per optimizer step so far), ``rehearsal_seconds`` (all that they took so far), with ``mode="project"``
-    ``rehearsal_conflicts`` (the share of rehearsals in which the task pointed against safety), and with
-    ``every="adaptive"`` ``rehearsal_likelihood`` (the mean log-probability of the own refusals last looked at).
+    (rehearsals per optimizer step so far), ``rehearsal_seconds`` (what all took so far, the replies at the start and
+    the looks too), with ``mode="project"`` ``rehearsal_conflicts`` (the share of rehearsals in which the task pointed
+    against safety), and with ``every="adaptive"`` ``rehearsal_likelihood`` (how likely the own refusals last were).
 
     A resumed fit goes on in the rotation where the checkpoint was saved; on a single device it ends with the bits of
     one that was not interrupted. Runs on a single device, under DDP, and under ``ModelParallelStrategy`` (FSDP2) with
@@ -61,8 +61,8 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     Args:
         every: Rehearse at every so many optimizer steps, from the first on. ``"adaptive"``: only when needed. Every
-            `watch_every_n_steps` steps it is looked at how likely the model's own refusals are, without gradients; once
-            that is below its value at the start by more than `tolerance`, every step rehearses until it is back.
+            `watch_every_n_steps` steps it is looked at how likely the model's own refusals are, without gradients;
+            where that is below its value at the start by more than `tolerance`, the next four steps rehearse.
         mode: ``"add"``: the gradient of the task's loss plus `weight` times the safety loss. ``"project"``: what in the
             task's gradient would raise the safety loss is taken out (A-GEM).
         objective: The safety loss. Default: `OwnReplies`, what the model itself refuses and answers when the fit
@@ -75,8 +75,7 @@ class SafetyRehearsal(CallbackWithRandomness):
         watch: Harmful prompts for that look: a built-in set (its split ``monitor``), a file, or a mapping of what
             `load_prompts` takes. Those count that the model refuses at the start.
         watch_prompts: At most so many of them.
-        tokenizer: The tokenizer or its path. Default: the module's or the data module's, or the one that lies beside
-            the model's weights on disk.
+        tokenizer: The tokenizer or its path. Default: the module's, the data module's, or the one beside the weights.
         language_model: The dotted name of the language model in the module, where there are several.
         seed: Of the order in which the examples come round.
 
@@ -104,7 +103,7 @@ class SafetyRehearsal(CallbackWithRandomness):
         weight: float | None = None,
         batch_size: int = 4,
         watch_every_n_steps: int = 10,
-        tolerance: float = 0.1,
+        tolerance: float = 0.2,
         watch: PromptSource = "harmful",
         watch_prompts: int = 8,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
@@ -180,7 +179,7 @@ class SafetyRehearsal(CallbackWithRandomness):
         tokenizer = find_tokenizer(self.tokenizer, module=pl_module, datamodule=datamodule, model=model)
         keep_unpacked(model)
         self._model, self._tokenizer = model, tokenizer
-        with preserved_random_state():
+        with preserved_random_state(), self._timed():
             self._continues = self._restored is not None
             self._tell_how_many(trainer)
             self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
@@ -242,6 +241,7 @@ class SafetyRehearsal(CallbackWithRandomness):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what it came to."""
         fill_callback_metrics(trainer, pl_module, self.metrics, hook_may_log=False)
+        log_to_loggers(trainer, self.metrics)
         rank_zero_info(
             f"SafetyRehearsal: {self._rehearsals} rehearsals in {sum(self._steps.values())} optimizer steps,"
             f" {self._seconds:.1f} s."
@@ -260,8 +260,8 @@ class SafetyRehearsal(CallbackWithRandomness):
         assert self._model is not None
         if self.need.looks_at(step):
             with self._timed():
-                self.need.look(trainer, self._model)
-        return self.need.needed
+                self.need.look(trainer, self._model, step)
+        return self.need.rehearses_at(step)
 
     def _rehearse(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         assert self._model is not None

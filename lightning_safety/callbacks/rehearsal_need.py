@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -15,13 +17,17 @@ from lightning_safety.monitoring import PromptSource, read_prompts
 from lightning_safety.monitoring.margin import opening_likelihood
 from lightning_safety.monitoring.own_replies import keep_replies
 from lightning_safety.processes import from_first
+from lightning_safety.scoring.shards import is_sharded, passes_of_all
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 _OPENING_TOKENS = 4
-EXPECTED_EVERY = 4
+# In a row they do more than one by one, and the optimizer's momentum goes on with it for some steps: after ten of them
+# a model refused far more than at the start (docs/preserving.md).
+_STEPS_IN_A_ROW = 4
+EXPECTED_EVERY = 8
 """About every so many steps rehearse, for what has to be made ready before the fit."""
 
 
@@ -40,7 +46,7 @@ class RehearsalNeed:
 
     Attributes:
         likelihood: Their mean log-probability per token when it was last looked at; None before the start.
-        needed: Whether to rehearse: from the look that found it too low until the one that finds it back.
+        needed: Whether it was too low then.
 
     Raises:
         ValueError: An argument is out of range.
@@ -49,7 +55,7 @@ class RehearsalNeed:
     def __init__(self, every_n_steps: int, tolerance: float, source: PromptSource, prompts: int) -> None:
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
             raise ValueError(
-                f"`tolerance` expected to be nats of at least 0 but got {tolerance!r}. Pass for instance 0.1."
+                f"`tolerance` expected to be nats of at least 0 but got {tolerance!r}. Pass for instance 0.2."
             )
         self.every_n_steps = check_positive(every_n_steps, "watch_every_n_steps")
         self.tolerance = tolerance
@@ -58,6 +64,7 @@ class RehearsalNeed:
         self.likelihood: float | None = None
         self.needed = False
         self._start: float | None = None
+        self._looked_at = 0
         self._prompts: list[Example] = []
         self._examples: list[Example] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -79,7 +86,14 @@ class RehearsalNeed:
             ValueError: The model refuses none of the prompts.
         """
         self._tokenizer = tokenizer
+        self._looked_at = 0
         if restored is None:
+            if trainer.ckpt_path is not None:
+                warnings.warn(
+                    "The checkpoint has nothing of an adaptive SafetyRehearsal: the model is kept as likely to refuse"
+                    " as it is in the checkpoint, not before its fit began.",
+                    stacklevel=2,
+                )
             kept = keep_replies(
                 model, tokenizer, self._prompts, name="watch", refused=True, max_new_tokens=_OPENING_TOKENS
             )
@@ -91,18 +105,23 @@ class RehearsalNeed:
             self._start, self.likelihood, self.needed = restored["start"], restored["likelihood"], restored["needed"]
 
     def looks_at(self, step: int) -> bool:
-        """Whether to look before a step, 0 for the first of the fit."""
-        return step > 0 and step % self.every_n_steps == 0
+        """Whether to look before a step of an optimizer, 0 for its first; not twice where several come to one."""
+        return step > self._looked_at and step % self.every_n_steps == 0
 
-    def look(self, trainer: pl.Trainer, model: nn.Module) -> None:
-        """Look at the model, and see whether it needs rehearsing.
+    def look(self, trainer: pl.Trainer, model: nn.Module, step: int) -> None:
+        """Look at the model before a step, and see whether it needs rehearsing.
 
         Raises:
             RuntimeError: What it finds is not finite.
         """
         assert self._start is not None
         self.likelihood = self._look(trainer, model)
-        self.needed = self.likelihood < self._start - (0 if self.needed else self.tolerance)
+        self._looked_at = step
+        self.needed = self.likelihood < self._start - self.tolerance
+
+    def rehearses_at(self, step: int) -> bool:
+        """Whether to rehearse at a step: at the first four after a look that found it needed."""
+        return self.needed and step % self.every_n_steps < _STEPS_IN_A_ROW
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a resumed fit needs to decide alike; None before the first look."""
@@ -113,13 +132,17 @@ class RehearsalNeed:
 
     def _look(self, trainer: pl.Trainer, model: nn.Module) -> float:
         assert self._tokenizer is not None
-        with trainer.precision_plugin.train_step_context():
+        # FSDP2 keeps the weights of the root whole until a backward pass, and here there is none: the next forward pass
+        # would not see what the step between changes.
+        gathered = passes_of_all(model) if is_sharded(model.parameters()) else nullcontext()
+        with trainer.precision_plugin.train_step_context(), gathered:
             found = opening_likelihood(model, self._tokenizer, self._examples, tokens=_OPENING_TOKENS)
+        # Processes that disagreed by a rounding would rehearse apart, and wait for each other for ever.
+        device = next(model.parameters()).device
+        found = float(trainer.strategy.reduce(torch.tensor(found, device=device), reduce_op="mean"))
         if not math.isfinite(found):
             raise RuntimeError(
                 f"The log-probability of the model's own refusals expected to be finite but is {found:g}: nothing tells"
                 " whether to rehearse. Check the model's weights, and train in float32 or bfloat16."
             )
-        # Processes that disagreed by a rounding would rehearse apart, and wait for each other for ever.
-        device = next(model.parameters()).device
-        return float(trainer.strategy.reduce(torch.tensor(found, device=device), reduce_op="mean"))
+        return found

@@ -187,6 +187,8 @@ def _project(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     if not product < 0:
         return False
     squared = sum_of_products([r for _, r in pairs], [r for _, r in pairs])
+    if not squared > 0:
+        return False
     _add(pairs, -product / squared)
     return True
 

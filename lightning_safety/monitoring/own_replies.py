@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from lightning_safety.language.tokenizer import pad_token_id
 from lightning_safety.monitoring.judges import KeywordRefusalJudge
 from lightning_safety.monitoring.sets import PromptSource, read_prompts
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective, first_labelled, mean_log_probability
-from lightning_safety.scoring.shards import is_sharded
+from lightning_safety.scoring.shards import is_sharded, passes_of_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,14 +177,11 @@ def keep_replies(
     prompts = [example.prompt for example in examples]
     # A few more than count: the last one generated may be a part of a character.
     length = max(max_new_tokens + _SPARE_TOKENS, _JUDGED_TOKENS)
-    replies = generate_replies(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=length,
-        batch_size=_BATCH_SIZE,
-        together=is_sharded(model.parameters()),
-    )
+    sharded = is_sharded(model.parameters())
+    with passes_of_all(model) if sharded else nullcontext():
+        replies = generate_replies(
+            model, tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH_SIZE, together=sharded
+        )
     verdicts = KeywordRefusalJudge().score(prompts, replies)
     kept = [
         Example(prompt, reply)

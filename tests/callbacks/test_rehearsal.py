@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_safety.callbacks import SafetyPreservingAdaptation, SafetyRehearsal
@@ -190,10 +193,14 @@ def test_it_steps_with_every_optimizer_that_trains_the_language_model_and_with_n
     assert callback._rehearsals == 3
 
 
-def test_what_it_did_is_in_the_log() -> None:
+def test_what_it_did_is_in_the_log(tmp_path: Path) -> None:
+    """Of a fit too that is shorter than the trainer's interval of logging."""
     module = OwnModule(make_smallest_model())
     callback = rehearsal(every=3)
-    trainer = fit(module, [callback], steps=7)
+    trainer = fit(module, [callback], steps=7, logger=CSVLogger(tmp_path))
+    (written,) = tmp_path.rglob("metrics.csv")
+    *_, last = csv.DictReader(written.read_text().splitlines())
+    assert {name: float(last[name]) for name in callback.metrics} == pytest.approx(callback.metrics)
     assert callback.metrics["safety/rehearsal_share"] == pytest.approx(3 / 7)
     assert callback.metrics["safety/rehearsal_seconds"] > 0
     assert callback.metrics["safety/rehearsal_loss"] > 0

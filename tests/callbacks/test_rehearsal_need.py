@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rehearsing only when needed: from the look that finds refusals too unlikely until the one that finds them back."""
+"""Rehearsing only when needed: a few steps in a row after a look that found refusals too unlikely."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from lightning_safety.callbacks import SafetyRehearsal, rehearsal_need
 from lightning_safety.monitoring import own_replies
@@ -55,14 +57,41 @@ def acts(callback: SafetyRehearsal, steps: int) -> list[bool]:
     return found
 
 
-def test_it_begins_below_the_tolerance_and_ends_at_the_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    # At the start, then before the steps 2, 4, 6, 8, 10: within, below, nearly back, back, within.
-    left = script(monkeypatch, [1.0, 0.9, 0.7, 0.95, 1.0, 0.85])
-    callback = adaptive(tolerance=0.2)
-    assert acts(callback, 12) == [False] * 4 + [True] * 4 + [False] * 4
+def test_four_steps_rehearse_after_each_look_below_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the start, then before the steps 6, 12, 18, 24: within, below, still below, back.
+    left = script(monkeypatch, [1.0, 0.9, 0.7, 0.75, 0.85])
+    callback = adaptive(tolerance=0.2, watch_every_n_steps=6)
+    burst = [True] * 4 + [False] * 2
+    assert acts(callback, 30) == [False] * 12 + burst + burst + [False] * 6
     assert not left
     assert callback.metrics["safety/rehearsal_likelihood"] == pytest.approx(0.85)
-    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(4 / 12)
+    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(8 / 30)
+
+
+def test_looks_closer_together_leave_no_step_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, [1.0, 0.9, 0.7, 0.75, 0.85])
+    assert acts(adaptive(tolerance=0.2), 9) == [False] * 4 + [True] * 4 + [False]
+
+
+def halves(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(part, lr=0.05) for part in (weights[::2], weights[1::2])]
+
+
+def test_two_optimizers_that_step_one_after_the_other_need_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = script(monkeypatch, [1.0, 0.5, 0.9])
+    callback = adaptive(tolerance=0.2)
+    fit(OwnModule(make_smallest_model(), halves, manual=True), [callback], steps=5)
+    assert not left
+    # Both, at the steps 2 and 3 of 0 to 4.
+    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(4 / 10)
+
+
+def test_a_second_fit_looks_from_its_own_first_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = script(monkeypatch, [1.0, 0.9, 0.9] * 2)
+    callback = adaptive(tolerance=0.2)
+    for _ in range(2):
+        fit(OwnModule(make_smallest_model()), [callback], steps=5)
+    assert not left
 
 
 def test_where_it_is_never_needed_no_bit_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,16 @@ def test_without_its_state_a_resumed_fit_says_that_the_trained_model_was_asked(
         fit(make_module(), [rehearsal()], steps=4, max_epochs=2, ckpt_path=path)
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot continue in the middle of an epoch")
+def test_an_adaptive_rehearsal_says_that_the_checkpoint_is_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_replies, "generate_replies", reply)
+    path = checkpoint_of(tmp_path, rehearsal())
+    with pytest.warns(UserWarning, match=r"checkpoint has nothing of an adaptive SafetyRehearsal: the model is kept"):
+        fit(make_module(), [rehearsal(**ADAPTIVE)], steps=4, max_epochs=2, ckpt_path=path)
+
+
 def test_a_state_from_before_the_first_look_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's learning rate finder saves such a one and puts it back."""
     monkeypatch.setattr(own_replies, "generate_replies", reply)
@@ -97,7 +107,7 @@ def test_a_state_of_another_version_is_refused() -> None:
         rehearsal().load_state_dict({"version": 7})
 
 
-@pytest.mark.parametrize(("every", "max_steps", "examples"), [(1, 5, 10), (2, 5, 6), ("adaptive", 5, 4), (2, -1, None)])
+@pytest.mark.parametrize(("every", "max_steps", "examples"), [(1, 5, 10), (2, 5, 6), ("adaptive", 9, 4), (2, -1, None)])
 def test_the_objective_hears_how_many_examples_the_fit_has_time_for(
     every: Any, max_steps: int, examples: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ CALLBACKS = {
 }
 REHEARSALS = {
     "rehearsal": partial(SafetyRehearsal, 3),
-    "adaptive rehearsal": partial(SafetyRehearsal, "adaptive", watch_every_n_steps=3, tolerance=0.0, watch_prompts=4),
+    "adaptive rehearsal": partial(SafetyRehearsal, "adaptive", watch_every_n_steps=6, tolerance=0.0, watch_prompts=4),
 }
 
 

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes look at a model, and rehearse when it needs it, as one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_safety.callbacks import SafetyRehearsal
+from lightning_safety.monitoring import OwnReplies, own_replies
+from tests.callbacks.processes import fit_alone, fit_together
+from tests.callbacks.test_rehearsal_processes import KINDS, make_wide_module
+from tests.callbacks.toys import OwnModule
+from tests.tiny import make_tiny_tokenizer
+
+STEPS = 12
+
+
+def reply(*arguments: Any, **_: Any) -> list[str]:
+    """Refuse every other prompt, so that there are refusals and answers among any of them."""
+    return ["I'm sorry, but I can't." if place % 2 else "Open the settings." for place in range(len(arguments[2]))]
+
+
+def adaptive(tolerance: float) -> list[SafetyRehearsal]:
+    # In a process of its own it is not undone, nor need it be.
+    own_replies.generate_replies = reply  # type: ignore[assignment]
+    settings: dict[str, Any] = {"watch_every_n_steps": 5, "watch_prompts": 4, "batch_size": 2, "weight": 5.0}
+    objective = OwnReplies(prompts=4)
+    return [
+        SafetyRehearsal(
+            "adaptive", objective=objective, tolerance=tolerance, tokenizer=make_tiny_tokenizer(), **settings
+        )
+    ]
+
+
+@pytest.fixture
+def make_adaptive(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[SafetyRehearsal]]:
+    monkeypatch.setattr(own_replies, "generate_replies", reply)
+    return adaptive
+
+
+@pytest.mark.parametrize("strategy", KINDS)
+@pytest.mark.parametrize("tolerance", [0.0, 100.0], ids=["needed", "never needed"])
+def test_two_processes_look_and_rehearse_as_one(
+    tmp_path: Path, strategy: str, tolerance: float, make_adaptive: Callable[[float], list[SafetyRehearsal]]
+) -> None:
+    """A look without a rehearsal after it must not leave whole weights behind, which no step changes (FSDP2)."""
+    (callback,) = make_adaptive(tolerance)
+    alone = fit_alone(make_wide_module(OwnModule), [callback], steps=STEPS)
+    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(0 if tolerance else 4 / STEPS)
+    together = fit_together(
+        tmp_path, strategy, partial(make_wide_module, KINDS[strategy]), partial(adaptive, tolerance), steps=STEPS
+    )
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-5, atol=1e-6)
