@@ -227,6 +227,10 @@ class TwoPrompts(SafetyObjective):
         """Prepare the objective."""
         self._objective.prepare(model, tokenizer)
 
+    def prepare_together(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Prepare the objective in all processes."""
+        self._objective.prepare_together(model, tokenizer)
+
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:  # noqa: ARG002
         """Return its first two examples, one a batch."""
         return self._objective.batches(tokenizer, batch_size=1)[:2]

@@ -24,6 +24,7 @@ from lightning_safety.enforcement import HeldLora, WeightHolder
 from lightning_safety.enforcement.adapters import adapter_rows, has_adapters
 from lightning_safety.language import find_language_model
 from lightning_safety.language.quantized import keep_unpacked
+from lightning_safety.processes import check_alike, together
 from lightning_safety.scoring import LeanScoring, MixtureLayout, SafetyMask, SafetyObjective
 from lightning_safety.scoring.neurons import Granularity
 from lightning_safety.scoring.shards import is_sharded
@@ -245,12 +246,14 @@ class SafetyPreservingAdaptation(SelectedWeightsCallback):
         # What holds weights still also takes their gradients away, which the scores are made of.
         self.release()
         before = self._mask
-        self._mask = self.choice.mask(
-            self._model,
-            lambda: self._find_tokenizer(trainer),
-            quick=not leaves_files(trainer),
-            number=trainer.global_step // self.rescore_every_n_steps,
-        )
+        with together("Choosing weights anew"):
+            self._mask = self.choice.mask(
+                self._model,
+                lambda: self._find_tokenizer(trainer),
+                quick=not leaves_files(trainer),
+                number=trainer.global_step // self.rescore_every_n_steps,
+            )
+            check_alike(self._mask.digest, "mask", "Give every process the same prompts and the same model.")
         self._chosen_at = trainer.global_step
         self._holders = [WeightHolder(self._mask).attach(self._model, trainer.optimizers)]
         metrics = {"safety/mask_kept": before.overlap(self._mask) / before.count}

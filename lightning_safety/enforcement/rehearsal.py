@@ -13,7 +13,6 @@ from lightning_safety.arguments import check_choice, check_positive
 from lightning_safety.enforcement.processes import sum_of_products
 from lightning_safety.enforcement.rotation import Rotation
 from lightning_safety.enforcement.safety_gradient import add_safety_gradient, safety_gradient
-from lightning_safety.processes import from_first, world_size
 from lightning_safety.scoring.objective import SafetyObjective
 
 if TYPE_CHECKING:
@@ -106,10 +105,7 @@ class Rehearsal:
         if restored:
             self.objective.load_state_dict(restored)
         else:
-            self.objective.prepare(model, tokenizer)
-            # Processes that differ by a rounding may hear different replies, and all must take the same examples.
-            if world_size() > 1 and (state := from_first(self.objective.state_dict())):
-                self.objective.load_state_dict(state)
+            self.objective.prepare_together(model, tokenizer)
         batches = self.objective.batches(tokenizer, batch_size=self.batch_size)
         if not batches:
             raise ValueError(

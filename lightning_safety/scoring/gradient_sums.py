@@ -88,12 +88,14 @@ class GradientSums:
         return found
 
     def _batches(self, tokenizer: PreTrainedTokenizerBase) -> list[ObjectiveBatch]:
-        self.objective.prepare(self.model, tokenizer)
-        batches = self.objective.batches(tokenizer, batch_size=1 if self.absolute else self.batch_size)
-        if not batches:
-            raise ValueError("`objective` expected to have examples but has no batch. Give it at least one example.")
-        if self.shared:
-            check_alike(_digest(batches), "objective", "Give every process the same prompts, in the same order.")
+        prepare = self.objective.prepare_together if self.shared else self.objective.prepare
+        with together("Preparing the objective") if self.shared else nullcontext():
+            prepare(self.model, tokenizer)
+            batches = self.objective.batches(tokenizer, batch_size=1 if self.absolute else self.batch_size)
+            if not batches:
+                raise ValueError("`objective` expected to have examples but has no batch. Give it at least one.")
+            if self.shared:
+                check_alike(_digest(batches), "objective", "Give every process the same prompts, in the same order.")
         return batches
 
     def _mean_of_block(

@@ -24,6 +24,7 @@ from lightning_safety.language.guards import GuardConvention
 from lightning_safety.language.likelihood import response_logits
 from lightning_safety.language.tokenizer import pad_token_id
 from lightning_safety.language.vocabulary_map import check_fast, same_vocabulary
+from lightning_safety.processes import gather, gather_shares, share_of
 from lightning_safety.progress import track
 from lightning_safety.scoring.guard_gradient import GuardVerdict, judge_replies, predicted_tokens, token_embeddings
 from lightning_safety.scoring.objective import ExampleObjective, ObjectiveBatch
@@ -131,18 +132,32 @@ class GuardJudgedSafety(ExampleObjective):
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Generate the replies and ask the guard, once for each state of both models."""
+        self._prepare(model, tokenizer, shared=False)
+
+    def prepare_together(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Share out the generation of the replies, and ask the guard of all of them in each process."""
+        self._prepare(model, tokenizer, shared=True)
+
+    def _prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, shared: bool) -> None:
         judges = [self.guard.model] if isinstance(self.guard, GuardModel) else []
         state = (ref(tokenizer), *(_checksums(one) for one in [model, *judges]))
-        if state == self._prepared_for:
+        known = state == self._prepared_for
+        if all(gather(known)) if shared else known:
             return
         self._prepared_for = None
         check_fast(tokenizer, "tokenizer")
         guard = self.guard if isinstance(self.guard, GuardModel) else GuardModel(self.guard, convention=self.convention)
         check_fast(guard.tokenizer, "guard")
         prompts = [example.prompt for example in self.load_examples()]
-        replies = generate_replies(
-            model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-        )
+        share = share_of(prompts) if shared else prompts
+        replies = []
+        if share:
+            replies = generate_replies(
+                model, tokenizer, share, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+            )
+        if shared:
+            # Each was made in one process: another's may differ by a rounding.
+            replies = gather_shares(replies)
         self._judged = self._judge(guard, tokenizer, list(zip(prompts, replies, strict=True)))
         _report(len(prompts), [found.verdict for found in self._judged], guard)
         self._embeddings = token_embeddings(guard, tokenizer, predicted_tokens(model))

@@ -20,6 +20,7 @@ from lightning_safety.language.chat import encode_example
 from lightning_safety.language.likelihood import response_log_probabilities
 from lightning_safety.language.prefix import TokensRun, tokens_run
 from lightning_safety.language.tokenizer import pad_token_id
+from lightning_safety.processes import from_first, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +68,15 @@ class SafetyObjective(ABC):
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027 # most need nothing
         """Do what needs the model as it is before scoring, such as generating its replies. Called before `batches`."""
+
+    def prepare_together(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Prepare in all processes, so that all have the same: where `state_dict` tells it, what the first one found.
+
+        Replies may differ by a rounding between processes.
+        """
+        self.prepare(model, tokenizer)
+        if world_size() > 1 and (state := from_first(self.state_dict())):
+            self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `prepare` found, as tensors and primitives, where it cannot be found again; else nothing."""
