@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
@@ -18,11 +19,39 @@ from torch import distributed, multiprocessing
 # been computed in it, so that no thread is lost in a copy.
 _IMPORTED_ONCE = ["pytorch_lightning", "transformers", "lightning_safety.callbacks", "torch.distributed.fsdp"]
 
+# In seconds; what a fit of a test takes on a busy machine is far less.
+_LONGEST = 240
+
 
 def start(run: Callable[..., None], arguments: tuple[Any, ...], *, processes: int, join: bool = True) -> Any:
-    """Run ``run(rank, *arguments)`` in several processes; without `join`, return what holds them."""
+    """Run ``run(rank, *arguments)`` in several processes, and return what holds them; with `join`, when all have ended.
+
+    Raises:
+        RuntimeError: With `join`: a process raised an error or died; all of their errors are in the text.
+        AssertionError: With `join`: one has not ended by itself.
+    """
     get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
-    return multiprocessing.start_processes(run, args=arguments, nprocs=processes, join=join, start_method="forkserver")
+    started = multiprocessing.start_processes(
+        run, args=arguments, nprocs=processes, join=False, start_method="forkserver"
+    )
+    if join:
+        _wait_for_all(started)
+    return started
+
+
+def _wait_for_all(started: Any) -> None:
+    # Torch's own `join` ends the others as soon as one has failed: one that would wait for ever would not be seen.
+    for process in started.processes:
+        process.join(_LONGEST)
+    hanging = [rank for rank, process in enumerate(started.processes) if process.is_alive()]
+    failed = [rank for rank, process in enumerate(started.processes) if process.exitcode]
+    for process in started.processes:
+        process.kill()
+    assert not hanging, f"processes {hanging} have not ended after {_LONGEST} s; failed are {failed}"
+    if failed:
+        files = [Path(started.error_files[rank]) for rank in failed]
+        errors = [pickle.loads(file.read_bytes()) if file.exists() else "died" for file in files]
+        raise RuntimeError("\n".join(f"process {rank}: {text}" for rank, text in zip(failed, errors, strict=True)))
 
 
 def run_in_processes(folder: Path, work: Callable[[], Any], *, processes: int = 2) -> list[Any]:

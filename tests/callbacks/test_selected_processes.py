@@ -173,7 +173,7 @@ def enhanced_adapters() -> list[SelectedWeightsCallback]:
 
 
 def test_enhancing_a_frozen_base_in_two_processes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="`strategy` expected to run in one process where the base is frozen"):
+    with pytest.raises(RuntimeError, match="`strategy` expected to run in one process where the base is frozen"):
         fit_together(tmp_path, "ddp", make_adapted, enhanced_adapters, steps=1)
 
 
@@ -183,5 +183,5 @@ def other_mask_in_each() -> list[SelectedWeightsCallback]:
 
 
 def test_another_mask_in_each_process_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="`mask` expected to be the same in all 2 processes but process 1 has another"):
+    with pytest.raises(RuntimeError, match="`mask` expected to be the same in all 2 processes but process 1 has"):
         fit_together(tmp_path, "ddp", make_module, other_mask_in_each, steps=1)
