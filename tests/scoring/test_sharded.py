@@ -24,7 +24,8 @@ from lightning_safety.scoring import (
     select_top,
 )
 from lightning_safety.scoring.shards import ShardedScores
-from tests.spawned import run_in_processes
+from tests.scoring.test_impact_processes import OwnRank
+from tests.spawned import run_although_one_dies, run_in_processes
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 FRACTIONS = (0.003, 0.01, 0.1, 0.5, 0.97, 1.0)
@@ -39,7 +40,7 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def score(model: nn.Module, **options: Any) -> dict[str, Tensor]:
-    # Of seven examples in batches of two, one process gets two batches and the other two, one of them half full.
+    # Of five examples in batches of two, one process gets two batches, one of them half full, and the other one.
     given = {"objective": RefusalMargin(limit=5), "tokenizer": make_tiny_tokenizer(), "batch_size": 2, **options}
     return expected_safety_impact(model, shared=True, show_progress=False, **given)  # type: ignore[return-value]
 
@@ -145,3 +146,32 @@ def test_what_is_not_supported_is_refused(tmp_path: Path) -> None:
         assert "v_proj.weight` is frozen. Unfreeze it" in frozen
         assert "is whole. Apply `fully_shard` to the model too" in partly
         assert "`scores` expected to be of whole tensors" in neurons
+
+
+def count_passes(prompts: int) -> int:
+    model = shard(make_tiny_model())
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    score(model, objective=RefusalMargin(limit=prompts), batch_size=1)
+    return len(calls)
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 4])
+def test_every_process_runs_as_many_forward_passes(tmp_path: Path, prompts: int) -> None:
+    """One that ran fewer would let the others wait for its parts of the weights."""
+    assert run_in_processes(tmp_path, partial(count_passes, prompts)) == [-(-prompts // 2)] * 2
+
+
+def score_own(kind: str) -> Any:
+    return score(shard(make_tiny_model()), objective=OwnRank(kind))
+
+
+def test_other_examples_in_one_process_end_both(tmp_path: Path) -> None:
+    for found in run_in_processes(tmp_path, partial(score_own, "examples")):
+        assert found.startswith("ValueError: `objective` expected to be the same in all 2 processes but process 1")
+
+
+def test_the_death_of_one_process_ends_the_other(tmp_path: Path) -> None:
+    found = run_although_one_dies(tmp_path, partial(score_own, "death"))
+    assert "Error: " in found
+    assert not (tmp_path / "1.pt").exists()
