@@ -3,15 +3,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from transformers import PreTrainedTokenizerFast
 
+from lightning_safety.callbacks import (
+    ActivationOverlapMonitor,
+    HarmfulnessMonitor,
+    SafetyBudget,
+    SafetyEnhancementTuning,
+    SafetyPreservingAdaptation,
+    SafetyRehearsal,
+    SubspaceOverlapMonitor,
+)
 from lightning_safety.callbacks.selected import SelectedWeightsCallback
 from lightning_safety.scoring import (
     RefusalMargin,
@@ -26,6 +38,16 @@ from tests.callbacks.toys import (
     refuse,
 )
 from tests.tiny import make_tiny_model
+
+EVERY_CALLBACK: list[Callable[[], pl.Callback]] = [
+    partial(SafetyPreservingAdaptation, mask=mask_of_everything(make_smallest_model())),
+    partial(SafetyEnhancementTuning, mask=mask_of_everything(make_smallest_model())),
+    SafetyRehearsal,
+    HarmfulnessMonitor,
+    SubspaceOverlapMonitor,
+    ActivationOverlapMonitor,
+    SafetyBudget,
+]
 
 
 @BOTH
@@ -106,11 +128,31 @@ def test_all_weights_frozen(kind: type[SelectedWeightsCallback]) -> None:
         fit(module, [kind(mask=mask_of_everything(model))])
 
 
-@BOTH
-def test_strategies_that_no_test_has_shown(kind: type[SelectedWeightsCallback]) -> None:
-    callback = kind(mask=mask_of_everything(make_smallest_model()))
-    # A Trainer makes this one on GPUs only.
-    trainer: Any = SimpleNamespace(strategy=FSDPStrategy(), world_size=2)
-    with pytest.raises(ValueError, match=rf"got FSDPStrategy with 2 process.*{kind.__name__}.*devices=1"):
+def strategies() -> list[Any]:
+    deepspeed = [DeepSpeedStrategy.__new__(DeepSpeedStrategy)]
+    return [FSDPStrategy(), *deepspeed]
+
+
+@pytest.mark.parametrize("strategy", strategies(), ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("make", EVERY_CALLBACK, ids=lambda make: make().__class__.__name__)
+def test_strategies_that_no_test_has_shown(make: Callable[[], pl.Callback], strategy: Any) -> None:
+    callback = make()
+    # A Trainer makes these on GPUs only.
+    trainer: Any = SimpleNamespace(strategy=strategy, world_size=2)
+    message = rf"got {type(strategy).__name__} with 2 process.*{type(callback).__name__}.*devices=1"
+    with pytest.raises(ValueError, match=message):
         callback.setup(trainer, OwnModule(make_smallest_model()), "fit")
-    callback.setup(trainer, OwnModule(make_smallest_model()), "test")
+
+
+@BOTH
+def test_outside_of_a_fit_any_strategy_will_do(kind: type[SelectedWeightsCallback]) -> None:
+    trainer: Any = SimpleNamespace(strategy=FSDPStrategy(), world_size=2)
+    kind(mask=mask_of_everything(make_smallest_model())).setup(trainer, OwnModule(make_smallest_model()), "test")
+
+
+@pytest.mark.parametrize("make", EVERY_CALLBACK, ids=lambda make: make().__class__.__name__)
+def test_processes_whose_findings_would_be_lost_are_refused(make: Callable[[], pl.Callback]) -> None:
+    """Lightning brings weights and metrics back from processes that it forks or spawns, and no mask and no patch."""
+    trainer: Any = SimpleNamespace(strategy=DDPStrategy(start_method="spawn"), world_size=2)
+    with pytest.raises(ValueError, match=r"`start_method` expected to be 'popen' but got 'spawn'.*strategy=\"ddp\""):
+        make().setup(trainer, OwnModule(make_smallest_model()), "fit")
