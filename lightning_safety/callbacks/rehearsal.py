@@ -25,7 +25,7 @@ from lightning_safety.callbacks.resume import (
 )
 from lightning_safety.callbacks.scaling import gradient_scales
 from lightning_safety.callbacks.strategies import REPLICATED, SHARDED, check_strategy
-from lightning_safety.enforcement.optimizers import optimized_parameters
+from lightning_safety.enforcement.optimizers import optimized_parameters, trains
 from lightning_safety.enforcement.rehearsal import Rehearsal, RehearsalMode
 from lightning_safety.language import find_language_model, find_tokenizer
 from lightning_safety.language.quantized import keep_unpacked
@@ -179,7 +179,7 @@ class SafetyRehearsal(CallbackWithRandomness):
         tokenizer = find_tokenizer(self.tokenizer, module=pl_module, datamodule=datamodule, model=model)
         keep_unpacked(model)
         self._model, self._tokenizer = model, tokenizer
-        with preserved_random_state(), self._timed():
+        with self._preparing(trainer):
             self._continues = self._restored is not None
             self._tell_how_many(trainer)
             self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
@@ -201,7 +201,8 @@ class SafetyRehearsal(CallbackWithRandomness):
             self._rehearsals, self._conflicts = self._restored["rehearsals"], self._restored["conflicts"]
             self._seconds = self._restored["seconds"]
             warn_of_loaders_that_start_over(trainer)
-        if not any(self._reaches(pl_module, optimizer) for optimizer in trainer.optimizers):
+        assert self._model is not None
+        if not any(trains(optimizer, self._model, pl_module) for optimizer in trainer.optimizers):
             raise ValueError(
                 "`language_model` expected to be trained by an optimizer but none holds a trainable weight of"
                 f" {type(self._model).__name__}, so that a rehearsal would change nothing. Unfreeze some of its"
@@ -210,7 +211,7 @@ class SafetyRehearsal(CallbackWithRandomness):
         if self.need is not None:
             assert self._model is not None
             assert self._tokenizer is not None
-            with preserved_random_state(), self._timed():
+            with self._preparing(trainer):
                 self.need.begin(trainer, self._model, self._tokenizer, self._restored and self._restored["need"])
         self._randomness.at_train_start(trainer)
 
@@ -218,7 +219,8 @@ class SafetyRehearsal(CallbackWithRandomness):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Rehearse, if it is time."""
-        if not self._reaches(pl_module, optimizer):
+        assert self._model is not None
+        if not trains(optimizer, self._model, pl_module):
             return
         number = trainer.optimizers.index(optimizer)
         step = self._steps.get(number, 0)
@@ -281,6 +283,12 @@ class SafetyRehearsal(CallbackWithRandomness):
         self._loss = done.loss
 
     @contextmanager
+    def _preparing(self, trainer: pl.Trainer) -> Iterator[None]:
+        # What is kept is what the model says in the precision that it trains in.
+        with preserved_random_state(), self._timed(), trainer.precision_plugin.train_step_context():
+            yield
+
+    @contextmanager
     def _timed(self) -> Iterator[None]:
         assert self._model is not None
         if next(self._model.parameters()).is_cuda:
@@ -289,12 +297,3 @@ class SafetyRehearsal(CallbackWithRandomness):
         started = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - started
-
-    def _reaches(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> bool:
-        """Whether an optimizer trains weights of the language model, or something in their place."""
-        assert self._model is not None
-        of_model = {id(parameter) for parameter in self._model.parameters() if parameter.requires_grad}
-        of_module = {id(parameter) for parameter in pl_module.parameters()}
-        return any(
-            id(parameter) in of_model or id(parameter) not in of_module for parameter in optimized_parameters(optimizer)
-        )

@@ -28,11 +28,12 @@ def preserve_safety(
 
     They are a `SafetyRehearsal` of the model's own replies and a `HarmfulnessMonitor` that shows whether it works. Why
     these: what we measured of others is in ``docs/preserving.md``. Both run on a single
-    device and under DDP.
+    device, under DDP and under FSDP2.
 
     Args:
         budget: The extra training time to spend on rehearsals, as a share: about so much where a step takes four
-            short rows, less where it takes more. At least 0.01.
+            short rows, less where it takes more. The replies at the start and the monitor's checks come on top. At
+            least 0.01.
         tokenizer: The tokenizer or its path. Default: it is looked for.
         language_model: The dotted name of the language model in the module, where there are several.
 

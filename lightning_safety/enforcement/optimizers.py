@@ -93,3 +93,18 @@ def check_state_is_elementwise(optimizer: Optimizer, parameter: Tensor) -> None:
                 f"`optimizer` expected to keep one value per weight but {type(optimizer).__name__} keeps"
                 f" {value.numel()} in `{key}` for {parameter.numel()} weights. Use AdamW, SGD or Lion."
             )
+
+
+def trains(optimizer: Optimizer, model: nn.Module, module: nn.Module) -> bool:
+    """Return whether an optimizer trains weights of a model, or something in their place that no module has.
+
+    Args:
+        optimizer: The optimizer.
+        model: A part of `module`, or all of it.
+        module: What all optimizers train.
+    """
+    of_model = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    of_module = {id(parameter) for parameter in module.parameters()}
+    return any(
+        id(parameter) in of_model or id(parameter) not in of_module for parameter in optimized_parameters(optimizer)
+    )

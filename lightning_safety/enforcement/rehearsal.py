@@ -46,8 +46,9 @@ class Rehearsal:
       :math:`\langle g, r\rangle < 0`, else g: a step may not raise the safety loss, to first order (A-GEM, arXiv
       1812.00420).
 
-    Held weights take no part: their gradient is zero in both. On a single device r is added as it comes; else, and with
-    ``"project"``, it takes the memory of one more gradient while it is mixed in.
+    Held weights take no part: their gradient is zero in both. On a single device r is added as it comes, where the
+    optimizer trains just what the model trains and no gradient scaler is at work; else, and with ``"project"``, it
+    takes the memory of one more gradient while it is mixed in.
 
     Args:
         objective: A loss with a lower bound. It should hold what to refuse and what not to: rehearsing refusals alone,

@@ -30,6 +30,8 @@ _SPARE_TOKENS = 4
 _BATCH_SIZE = 32
 # About so many of the replies are as they should be, and kept.
 _KEPT_SHARE = 0.8
+# In a fit each of them may come about so many times.
+_TIMES = 2
 # A model that refuses a third refuses some of so many.
 _FEWEST_PROMPTS = 16
 
@@ -49,8 +51,8 @@ class OwnReplies(SafetyObjective):
         borderline: Harmless prompts that look harmful.
         split: The split of built-in sets.
         prompts: At most so many harmful prompts, spread evenly over the set, and `answers_per_refusal` times as many
-            borderline ones; fewer where a `SafetyRehearsal` has no time for all. Too few are learned by heart in a
-            long fit, and then keep nothing else: allow about as many as there will be rehearsals.
+            borderline ones; fewer where a `SafetyRehearsal` has no time to rehearse all twice. Too few are learned by
+            heart in a long fit, and then keep nothing else: allow about as many as there will be rehearsals.
         answers_per_refusal: How many answers are kept for each refusal. With more a model comes to refuse less.
         max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones; of
             what follows a refusal has next to nothing left to learn, so that with more of it that decision counts less.
@@ -98,7 +100,7 @@ class OwnReplies(SafetyObjective):
         prompts = self.prompts
         if self._expected is not None:
             turns = math.ceil(self._expected / (1 + self.answers_per_refusal))
-            prompts = min(prompts, max(_FEWEST_PROMPTS, math.ceil(turns / _KEPT_SHARE)))
+            prompts = min(prompts, max(_FEWEST_PROMPTS, math.ceil(turns / _KEPT_SHARE / _TIMES)))
         limits = {"harmful": prompts, "borderline": prompts * self.answers_per_refusal}
         for kind, source in (("harmful", self.harmful), ("borderline", self.borderline)):
             examples = read_prompts(source, kind, split=self.split, limit=limits[kind])[1]

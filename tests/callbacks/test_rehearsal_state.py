@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_safety.callbacks import SafetyRehearsal
@@ -100,6 +101,20 @@ def test_a_state_from_before_the_first_look_begins_anew(monkeypatch: pytest.Monk
     callback.__class__ = PutBack
     fit(make_module(), [callback], steps=4)
     assert "safety/rehearsal_likelihood" in callback.metrics
+
+
+def test_the_model_replies_in_the_precision_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    def reply_and_tell(*arguments: Any, **_: Any) -> list[str]:
+        heard.append(torch.is_autocast_enabled("cpu"))
+        return reply(*arguments)
+
+    monkeypatch.setattr(own_replies, "generate_replies", reply_and_tell)
+    for precision in ("32-true", "bf16-mixed"):
+        fit(make_module(), [rehearsal(**ADAPTIVE)], steps=1, precision=precision)
+    # Harmful and borderline prompts, and those that are watched.
+    assert heard == [False] * 3 + [True] * 3
 
 
 def test_a_state_of_another_version_is_refused() -> None:
