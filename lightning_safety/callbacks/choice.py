@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +25,7 @@ from lightning_safety.scoring import (
     RefusalMargin,
     SafetyMask,
     SafetyObjective,
+    estimate_scoring_memory,
     expected_safety_impact,
     scored_weights,
     select_bottom,
@@ -33,6 +35,7 @@ from lightning_safety.scoring import (
 )
 from lightning_safety.scoring.mixture import check_layout
 from lightning_safety.scoring.neurons import Granularity
+from lightning_safety.scoring.shards import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,18 +121,23 @@ class WeightChoice:
     def _scores(
         self, model: nn.Module, objective: SafetyObjective, tokenizer: PreTrainedTokenizerBase, quick: bool
     ) -> Mapping[str, Tensor]:
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "include": self.include,
+            "exclude": self.exclude,
+            "mixture": self.mixture,
+            **asdict(self.lean),
+        }
+        if not quick:
+            _tell_memory(model, objective, tokenizer, options)
         return expected_safety_impact(
             model,
             TwoPrompts(objective) if quick else objective,
             tokenizer,
-            batch_size=self.batch_size,
-            include=self.include,
-            exclude=self.exclude,
-            mixture=self.mixture,
             # All of them are here, one or several.
             shared=True,
             show_progress=self.show_progress,
-            **asdict(self.lean),
+            **options,
         )
 
     def _select(
@@ -174,6 +182,28 @@ class WeightChoice:
                 "`minus` expected `granularity='weight'` beside it but got 'neuron': rows are not subtracted from rows."
                 " Leave one of the two out."
             )
+
+
+def _tell_memory(
+    model: nn.Module, objective: SafetyObjective, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> None:
+    """Say what scoring takes before it starts, and stop where that is not free.
+
+    Not of a model that is sharded, nor for an objective that has yet to ask the model.
+
+    Raises:
+        MemoryError: It is not.
+    """
+    if objective.prepares or is_sharded(model.parameters()):
+        return
+    try:
+        memory = estimate_scoring_memory(model, objective, tokenizer, **options)
+    except ValueError as error:
+        # An objective of the user's own need not say how many tokens it runs; scoring raises what else is wrong.
+        rank_zero_info(f"What scoring takes is not estimated: {error}")
+        return
+    rank_zero_info(memory.summary())
+    memory.check_free()
 
 
 class GivenMask:
