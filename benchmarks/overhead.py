@@ -6,8 +6,8 @@ python benchmarks/overhead.py --json benchmarks/results/overhead.json
 `import lightning_safety` is timed in fresh interpreters, beside one that imports nothing. A fit of
 SmolLM2-135M-Instruct in a Trainer, batches of 4 × 128 tokens, runs under a profiler with each callback, its mask given:
 all time that is spent in functions of this package is added up, those that hold weights included, and divided by the
-steps. Masks are the top 1 % by score, as a fit has them, and as many weights at random, which lie farther apart in
-memory.
+steps; a second table has the profile, function by function. Masks are the top 1 % by score, as a fit has them, and as
+many weights at random, which lie farther apart in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pstats
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -29,6 +30,7 @@ import lightning_safety
 from lightning_safety import SafetyEnhancementTuning, SafetyPreservingAdaptation
 
 PACKAGE = str(Path(lightning_safety.__file__).parent)
+_SHOWN = 8
 IMPORTS = {"nothing": "pass", "lightning_safety": "import lightning_safety", "torch": "import torch"}
 
 
@@ -71,8 +73,13 @@ class Profile(pl.Callback):
         self.profile.disable()
 
 
-def profile_fit(model: nn.Module, callbacks: list[pl.Callback], steps: int) -> tuple[float, float]:
-    """Return seconds a step of a fit, and those of them in functions of this package and what these call."""
+def profile_fit(
+    model: nn.Module, callbacks: list[pl.Callback], steps: int
+) -> tuple[float, float, dict[str, tuple[float, float]]]:
+    """Return seconds a step of a fit, those of them in functions of this package and what these call, and the profile.
+
+    That is, by function of the package, its calls a step and the seconds a step in it and what it calls.
+    """
     torch.manual_seed(SEED)
     rows = torch.randint(100, model.config.vocab_size, (steps, BATCH, LENGTH))  # type: ignore[union-attr, arg-type]
     profile = Profile()
@@ -89,14 +96,17 @@ def profile_fit(model: nn.Module, callbacks: list[pl.Callback], steps: int) -> t
     stats = pstats.Stats(profile.profile).stats  # type: ignore[attr-defined]
     whole = sum(entry[2] for entry in stats.values())
     ours = 0.0
-    for (file, _, _), (_, _, _, cumulative, callers) in stats.items():
+    functions = {}
+    for (file, line, name), (_, calls, _, cumulative, callers) in stats.items():
         # Called from outside the package: what it calls is counted with it.
         if file.startswith(PACKAGE):
             outside = [
                 seconds for (caller, *_), (_, _, _, seconds) in callers.items() if not caller.startswith(PACKAGE)
             ]
             ours += sum(outside) if callers else cumulative
-    return whole / steps, ours / steps
+            place = f"{Path(file).relative_to(PACKAGE)}:{line} {name}"
+            functions[place] = (calls / steps, cumulative / steps)
+    return whole / steps, ours / steps, functions
 
 
 def main() -> None:
@@ -115,10 +125,10 @@ def main() -> None:
     for kind, mask in zip(("top", "random"), make_masks(model, quick=arguments.quick), strict=True):
         ways[f"SafetyPreservingAdaptation, {kind} 1 %"] = [SafetyPreservingAdaptation(mask=mask)]
         ways[f"SafetyEnhancementTuning, {kind} 1 %"] = [SafetyEnhancementTuning(mask=mask)]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, callbacks in ways.items():
-        step, ours = profile_fit(model, callbacks, 3 if arguments.quick else 12)
-        found[name] = {"seconds_a_step": step, "of_these_in_the_package": ours}
+        step, ours, functions = profile_fit(model, callbacks, 3 if arguments.quick else 12)
+        found[name] = {"seconds_a_step": step, "of_these_in_the_package": ours, "profile": functions}
     print_table(
         ["a fit with", "s a step", "of these in this package, ms", "share"],
         [
@@ -127,6 +137,14 @@ def main() -> None:
             for name, one in found.items()
         ],
     )  # fmt: skip
+    print_table(
+        ["a fit with", "function", "calls a step", "ms a step, what it calls included"],
+        [
+            [name, f"`{place}`", f"{calls:.1f}", f"{1000 * seconds:.3f}"]
+            for name, one in found.items()
+            for place, (calls, seconds) in sorted(one["profile"].items(), key=lambda item: -item[1][1])[:_SHOWN]
+        ],
+    )
     write_json(arguments, settings={"batch": BATCH, "length": LENGTH}, imports=summary(times), fits=found)
 
 
