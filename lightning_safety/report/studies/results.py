@@ -84,7 +84,8 @@ def write_results(folder: Path, output: Path) -> str:
     """Render tables and figures of all studies in a folder from their cells, and one page of them all.
 
     Args:
-        folder: Holds a folder for each study that was run, named like the study.
+        folder: Holds a folder for each study that was run, named like the study; for one that was run again on
+            something else, like ``preserve-quickstart``.
         output: The page, Markdown; its figures stay in the folders of the studies.
 
     Returns:
@@ -96,7 +97,7 @@ def write_results(folder: Path, output: Path) -> str:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    present = [name for name in STUDIES if (folder / name / PLAN).exists()]
+    present = {name: found for name in STUDIES if (found := _folders(folder, name))}
     if not present:
         raise FileNotFoundError(
             f"`folder` expected to hold folders of studies ({', '.join(STUDIES)}) but `{folder}` has none. Run one with"
@@ -112,12 +113,18 @@ def write_results(folder: Path, output: Path) -> str:
     text: str = environment.get_template(_TEMPLATE).render(
         folder=folder.name,
         name=output.name,
-        studies=[_entry(name, folder / name, output) for name in present],
+        studies=[_entry(name, place, output) for name, found in present.items() for place in found],
         absent=[{"name": name, "title": STUDIES[name].title} for name in STUDIES if name not in present],
     )
     with replace_atomically(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return text
+
+
+def _folders(folder: Path, name: str) -> list[Path]:
+    """Return the folders of a study, that with its own name first."""
+    found = [folder / name, *sorted(folder.glob(f"{name}-*"))]
+    return [place for place in found if (place / PLAN).exists()]
 
 
 def _entry(name: str, folder: Path, output: Path) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def _entry(name: str, folder: Path, output: Path) -> dict[str, Any]:
     # Figures lie beside the study's own page.
     there = Path(os.path.relpath(folder, output.parent)).as_posix()
     return {
-        "title": study.title,
+        "title": study.title + folder.name.removeprefix(name).replace("-", ": ", 1),
         "summary": study.summary,
         "claim": study.claim,
         "notes": notes.read_text(encoding="utf-8").strip() if notes.exists() else "",

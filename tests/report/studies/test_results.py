@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_the_page_shows_claims_notes_tables_and_what_was_not_run(
     assert "- Subspaces of weights: `lightning-safety study subspaces`" in text
     assert "\n\n\n" not in text
     assert capsys.readouterr().out.strip().endswith("RESULTS.md")
+
+
+def test_a_study_that_was_run_again_stands_below_it(folder: Path) -> None:
+    shutil.copytree(folder / "perturb", folder / "perturb-larger-model")
+    shutil.copytree(folder / "perturb", folder / "perturbed")
+    (folder / "perturb-larger-model" / "notes.md").write_text("Nor there.\n", encoding="utf-8")
+    main(["results", str(folder), "-o", str(folder.parent / "RESULTS.md")])
+    headings = [line for line in (folder.parent / "RESULTS.md").read_text("utf-8").splitlines() if line[:3] == "## "]
+    noise = "## Noise on safety-critical weights"
+    assert headings == [noise, f"{noise}: larger-model", "## Not run", "## What this does not protect against"]
 
 
 def test_figures_are_found_from_the_page(folder: Path) -> None:
