@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_safety.arguments import check_choice, check_fraction, check_positive
 from lightning_safety.language.quantized import weight_shape
+from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring import (
     LeanScoring,
     MixtureLayout,
@@ -197,9 +198,10 @@ def _tell_memory(
     if objective.prepares or is_sharded(model.parameters()):
         return
     try:
-        memory = estimate_scoring_memory(model, objective, tokenizer, **options)
-    except ValueError as error:
-        # An objective of the user's own need not say how many tokens it runs; scoring raises what else is wrong.
+        with preserved_random_state():
+            memory = estimate_scoring_memory(model, objective, tokenizer, **options)
+    except Exception as error:
+        # An objective or a model of the user's own need not say what it runs; scoring raises what else is wrong.
         rank_zero_info(f"What scoring takes is not estimated: {error}")
         return
     rank_zero_info(memory.summary())

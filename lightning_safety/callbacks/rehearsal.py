@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
@@ -196,10 +196,11 @@ class SafetyRehearsal(CallbackWithRandomness):
                 # Strategies that shard the model restore only now.
                 assert self._model is not None
                 assert self._tokenizer is not None
-                self.rehearsal.prepare(self._model, self._tokenizer, self._restored["objective"])
+                with self._preparing(trainer):
+                    self.rehearsal.prepare(self._model, self._tokenizer, self._restored["objective"])
             self._steps = dict(self._restored["steps"])
             self._rehearsals, self._conflicts = self._restored["rehearsals"], self._restored["conflicts"]
-            self._seconds = self._restored["seconds"]
+            self._seconds += self._restored["seconds"]
             warn_of_loaders_that_start_over(trainer)
         assert self._model is not None
         if not any(trains(optimizer, self._model, pl_module) for optimizer in trainer.optimizers):
@@ -209,7 +210,6 @@ class SafetyRehearsal(CallbackWithRandomness):
                 " weights and return them from `configure_optimizers`, or leave the callback out."
             )
         if self.need is not None:
-            assert self._model is not None
             assert self._tokenizer is not None
             with self._preparing(trainer):
                 self.need.begin(trainer, self._model, self._tokenizer, self._restored and self._restored["need"])
@@ -284,8 +284,9 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     @contextmanager
     def _preparing(self, trainer: pl.Trainer) -> Iterator[None]:
-        # What is kept is what the model says in the precision that it trains in.
-        with preserved_random_state(), self._timed(), trainer.precision_plugin.train_step_context():
+        # What is kept is what the model says in the precision that it trains in; its weights have theirs already.
+        autocast = getattr(trainer.precision_plugin, "autocast_context_manager", nullcontext)
+        with preserved_random_state(), self._timed(), autocast():
             yield
 
     @contextmanager

@@ -103,6 +103,7 @@ class RehearsalNeed:
         else:
             self._examples = [Example(prompt, refusal) for prompt, refusal in restored["refusals"]]
             self._start, self.likelihood, self.needed = restored["start"], restored["likelihood"], restored["needed"]
+            self._looked_at = restored.get("looked_at", 0)
 
     def looks_at(self, step: int) -> bool:
         """Whether to look before a step of an optimizer, 0 for its first; not twice where several come to one."""
@@ -120,7 +121,7 @@ class RehearsalNeed:
         self.needed = self.likelihood < self._start - self.tolerance
 
     def rehearses_at(self, step: int) -> bool:
-        """Whether to rehearse at a step: at the first four after a look that found it needed."""
+        """Whether to rehearse at a step: at the first four after a look that found it needed, up to the next look."""
         return self.needed and step % self.every_n_steps < _STEPS_IN_A_ROW
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -128,7 +129,13 @@ class RehearsalNeed:
         if self._start is None:
             return None
         refusals = [[example.prompt, example.response] for example in self._examples]
-        return {"refusals": refusals, "start": self._start, "likelihood": self.likelihood, "needed": self.needed}
+        return {
+            "refusals": refusals,
+            "start": self._start,
+            "likelihood": self.likelihood,
+            "needed": self.needed,
+            "looked_at": self._looked_at,
+        }
 
     def _look(self, trainer: pl.Trainer, model: nn.Module) -> float:
         assert self._tokenizer is not None
@@ -138,8 +145,8 @@ class RehearsalNeed:
         with trainer.precision_plugin.train_step_context(), gathered:
             found = opening_likelihood(model, self._tokenizer, self._examples, tokens=_OPENING_TOKENS)
         # Processes that disagreed by a rounding would rehearse apart, and wait for each other for ever.
-        device = next(model.parameters()).device
-        found = float(trainer.strategy.reduce(torch.tensor(found, device=device), reduce_op="mean"))
+        own = torch.tensor(found, dtype=torch.float32, device=next(model.parameters()).device)
+        found = float(trainer.strategy.reduce(own, reduce_op="mean"))
         if not math.isfinite(found):
             raise RuntimeError(
                 f"The log-probability of the model's own refusals expected to be finite but is {found:g}: nothing tells"

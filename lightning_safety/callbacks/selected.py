@@ -21,7 +21,7 @@ from lightning_safety.callbacks.resume import (
     restores_late,
     warn_of_loaders_that_start_over,
 )
-from lightning_safety.callbacks.strategies import REPLICATED, check_strategy
+from lightning_safety.callbacks.strategies import REPLICATED, check_start_method, check_strategy
 from lightning_safety.callbacks.together import check_together, held_fraction, number_of_weights
 from lightning_safety.language import find_language_model, find_tokenizer
 from lightning_safety.processes import check_alike, together
@@ -127,6 +127,7 @@ class SelectedWeightsCallback(CallbackWithRandomness, ABC):
         """Refuse strategies that are not supported. Nothing happens outside a fit."""
         if stage == "fit":
             check_strategy(trainer, self, several=self.strategies)
+            check_start_method(trainer, self)
             self._end()
             self._begin()
 

@@ -26,7 +26,7 @@ def check_strategy(trainer: Any, callback: object, *, several: Collection[str] =
         several: The names of the classes of strategies for several devices that will do as well.
 
     Raises:
-        ValueError: The strategy spreads the model or the data over devices or processes, or forks or spawns processes.
+        ValueError: The strategy spreads the model or the data over devices or processes.
     """
     # By name: the classes of the two Lightning packages differ. The nearest of theirs counts: DeepSpeed's is a DDP too.
     bases = type(trainer.strategy).__mro__
@@ -39,9 +39,21 @@ def check_strategy(trainer: Any, callback: object, *, several: Collection[str] =
             f"{trainer.world_size} process(es), which {type(callback).__name__} does not support yet. "
             f'Pass `Trainer(devices=1, strategy="auto")`{others}.'
         )
+
+
+def check_start_method(trainer: Any, callback: object) -> None:
+    """Raise where what a callback leaves in its attributes would be lost with the processes that fit.
+
+    Args:
+        trainer: As for `check_strategy`.
+        callback: Who asks, for the message.
+
+    Raises:
+        ValueError: The strategy forks or spawns processes.
+    """
     # Of DDP in all its kinds; the other strategies start their processes in one way only.
     start_method = getattr(trainer.strategy, "_start_method", _POPEN)
-    if not single and start_method != _POPEN:
+    if start_method != _POPEN:
         raise ValueError(
             f"`start_method` expected to be {_POPEN!r} but got {start_method!r}: Lightning brings weights and metrics"
             f" back from such processes, but not what {type(callback).__name__} finds. Run a script with"

@@ -47,8 +47,8 @@ class Rehearsal:
       1812.00420).
 
     Held weights take no part: their gradient is zero in both. On a single device r is added as it comes, where the
-    optimizer trains just what the model trains and no gradient scaler is at work; else, and with ``"project"``, it
-    takes the memory of one more gradient while it is mixed in.
+    optimizer trains just what the model trains, none of it in float16, and no gradient scaler is at work; else, and
+    with ``"project"``, it takes the memory of one more gradient while it is mixed in.
 
     Args:
         objective: A loss with a lower bound. It should hold what to refuse and what not to: rehearsing refusals alone,

@@ -51,8 +51,8 @@ class OwnReplies(SafetyObjective):
         borderline: Harmless prompts that look harmful.
         split: The split of built-in sets.
         prompts: At most so many harmful prompts, spread evenly over the set, and `answers_per_refusal` times as many
-            borderline ones; fewer where a `SafetyRehearsal` has no time to rehearse all twice. Too few are learned by
-            heart in a long fit, and then keep nothing else: allow about as many as there will be rehearsals.
+            borderline ones; fewer where a `SafetyRehearsal` expects no time to rehearse all twice. Too few are learned
+            by heart in a long fit, and then keep nothing else: allow about as many as there will be rehearsals.
         answers_per_refusal: How many answers are kept for each refusal. With more a model comes to refuse less.
         max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones; of
             what follows a refusal has next to nothing left to learn, so that with more of it that decision counts less.

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 import numpy as np
@@ -24,10 +24,11 @@ from lightning_safety.language.guards import GuardConvention
 from lightning_safety.language.likelihood import response_logits
 from lightning_safety.language.tokenizer import pad_token_id
 from lightning_safety.language.vocabulary_map import check_fast, same_vocabulary
-from lightning_safety.processes import gather, gather_shares, share_of
+from lightning_safety.processes import from_first, gather, gather_shares, share_of
 from lightning_safety.progress import track
 from lightning_safety.scoring.guard_gradient import GuardVerdict, judge_replies, predicted_tokens, token_embeddings
 from lightning_safety.scoring.objective import ExampleObjective, ObjectiveBatch
+from lightning_safety.scoring.shards import is_sharded, passes_of_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,11 +133,16 @@ class GuardJudgedSafety(ExampleObjective):
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Generate the replies and ask the guard, once for each state of both models."""
-        self._prepare(model, tokenizer, shared=False)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            self._prepare(model, tokenizer, shared=False)
 
     def prepare_together(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Share out the generation of the replies, and ask the guard of all of them in each process."""
-        self._prepare(model, tokenizer, shared=True)
+        """Share out the generation of the replies, and ask the guard of all of them in each process.
+
+        A model that is sharded over the processes generates all of them in each.
+        """
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            self._prepare(model, tokenizer, shared=True)
 
     def _prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, shared: bool) -> None:
         judges = [self.guard.model] if isinstance(self.guard, GuardModel) else []
@@ -149,19 +155,25 @@ class GuardJudgedSafety(ExampleObjective):
         guard = self.guard if isinstance(self.guard, GuardModel) else GuardModel(self.guard, convention=self.convention)
         check_fast(guard.tokenizer, "guard")
         prompts = [example.prompt for example in self.load_examples()]
-        share = share_of(prompts) if shared else prompts
-        replies = []
-        if share:
-            replies = generate_replies(
-                model, tokenizer, share, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-            )
-        if shared:
-            # Each was made in one process: another's may differ by a rounding.
-            replies = gather_shares(replies)
+        replies = self._replies(model, tokenizer, prompts, shared=shared)
         self._judged = self._judge(guard, tokenizer, list(zip(prompts, replies, strict=True)))
         _report(len(prompts), [found.verdict for found in self._judged], guard)
         self._embeddings = token_embeddings(guard, tokenizer, predicted_tokens(model))
         self._prepared_for = state
+
+    def _replies(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, shared: bool
+    ) -> list[str]:
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        if shared and is_sharded(model.parameters()):
+            with passes_of_all(model):
+                replies = generate_replies(model, tokenizer, prompts, together=True, **options)
+            return from_first(replies)
+        share = share_of(prompts) if shared else prompts
+        # A process may have none.
+        replies = generate_replies(model, tokenizer, share, **options) if share else []
+        # Each is made in one process: another's may differ by a rounding.
+        return gather_shares(replies) if shared else replies
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> list[ObjectiveBatch]:
         """Return prompts and replies in batches of similar length, with the number of each (``index``)."""

@@ -200,12 +200,15 @@ def estimate_scoring_memory(
             " Pass for instance `RefusalMargin()` and the model's tokenizer."
         )
     gradients = {name: _gradient_bytes(weight, sizes[name], absolute) for name, weight in weights.items()}
-    together = (sum(gradients[name] for name in block) for block in blocks)
+    at_once = max(waits + beside for waits, beside in gradients.values())
+    waiting = (
+        sum(gradients[name][0] for name in block) + max(gradients[name][1] for name in block) for block in blocks
+    )
     return ScoringMemory(
         device=next(iter(weights.values())).device,
         sums=max(sum(sizes[name] for name in block) for block in blocks) * item,
         scores=sum(sizes.values()) * item,
-        gradients=max(together if largest.shared else gradients.values()),
+        gradients=max(waiting) if largest.shared else at_once,
         activations=_activation_bytes(model, largest, cast=autocast is not None, weights=sum(sizes.values())),
         lean=lean,
     )
@@ -235,12 +238,13 @@ def _largest_batch(
     return largest
 
 
-def _gradient_bytes(weight: nn.Parameter, size: int, absolute: bool) -> int:
-    """Return what the gradient of one weight takes while it is added to its sum."""
+def _gradient_bytes(weight: nn.Parameter, size: int, absolute: bool) -> tuple[int, int]:
+    """Return what the gradient of one weight takes, and what stands beside it while it is formed or added."""
     if is_quantized_weight(weight):
         # It is formed in float32, beside the dequantised weight that the layer below waits for.
-        return 2 * _FLOAT32_BYTES * size
-    return (2 if absolute else 1) * weight.dtype.itemsize * size
+        return _FLOAT32_BYTES * size, _FLOAT32_BYTES * size
+    own = weight.dtype.itemsize * size
+    return own, own if absolute else 0
 
 
 def _activation_bytes(model: nn.Module, largest: _Largest, *, cast: bool, weights: int) -> int:

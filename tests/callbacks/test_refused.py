@@ -150,9 +150,9 @@ def test_outside_of_a_fit_any_strategy_will_do(kind: type[SelectedWeightsCallbac
     kind(mask=mask_of_everything(make_smallest_model())).setup(trainer, OwnModule(make_smallest_model()), "test")
 
 
-@pytest.mark.parametrize("make", EVERY_CALLBACK, ids=lambda make: make().__class__.__name__)
-def test_processes_whose_findings_would_be_lost_are_refused(make: Callable[[], pl.Callback]) -> None:
+@BOTH
+def test_processes_whose_findings_would_be_lost_are_refused(kind: type[SelectedWeightsCallback]) -> None:
     """Lightning brings weights and metrics back from processes that it forks or spawns, and no mask and no patch."""
     trainer: Any = SimpleNamespace(strategy=DDPStrategy(start_method="spawn"), world_size=2)
     with pytest.raises(ValueError, match=r"`start_method` expected to be 'popen' but got 'spawn'.*strategy=\"ddp\""):
-        make().setup(trainer, OwnModule(make_smallest_model()), "fit")
+        kind(mask=mask_of_everything(make_smallest_model())).setup(trainer, OwnModule(make_smallest_model()), "fit")

@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 from lightning_safety.scoring import GuardJudgedSafety, expected_safety_impact, guard_judged
 from tests.scoring.guard_judged import PROMPTS, TEMPERATURE, make_guard, make_model
+from tests.scoring.test_sharded import shard
 from tests.spawned import run_in_processes
 from tests.tiny import make_tiny_tokenizer
 
@@ -57,3 +58,17 @@ def test_an_error_in_one_process_while_it_generates_ends_both(tmp_path: Path) ->
     first, second = run_in_processes(tmp_path, partial(score, 3, shared=True, replies=fail_in_second))
     assert second == "RuntimeError: no memory left"
     assert first.startswith("OtherProcessError: Preparing the objective failed in process 1 of 2: RuntimeError: no mem")
+
+
+def prepare_sharded() -> list[str]:
+    objective = GuardJudgedSafety(make_guard(make_tiny_tokenizer()), PROMPTS, max_new_tokens=9)
+    model = shard(make_model())
+    objective.prepare_together(model, make_tiny_tokenizer())
+    return [make_tiny_tokenizer().decode(judged.row.input_ids) for judged in objective._judged]
+
+
+def test_of_a_sharded_model_every_process_generates_all(tmp_path: Path) -> None:
+    """One that generated fewer replies would let the others wait for its parts of the weights."""
+    first, second = run_in_processes(tmp_path, prepare_sharded)
+    assert len(first) == len(PROMPTS)
+    assert first == second
