@@ -15,7 +15,7 @@ from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example
 from lightning_safety.monitoring import PromptSource, read_prompts
 from lightning_safety.monitoring.margin import opening_likelihood
-from lightning_safety.monitoring.own_replies import keep_replies
+from lightning_safety.monitoring.own_replies import Asked, keep_replies
 from lightning_safety.processes import from_first
 from lightning_safety.scoring.shards import is_sharded, passes_of_all
 
@@ -94,9 +94,7 @@ class RehearsalNeed:
                     " as it is in the checkpoint, not before its fit began.",
                     stacklevel=2,
                 )
-            kept = keep_replies(
-                model, tokenizer, self._prompts, name="watch", refused=True, max_new_tokens=_OPENING_TOKENS
-            )
+            (kept,) = keep_replies(model, tokenizer, [Asked("watch", self._prompts, refused=True)], _OPENING_TOKENS)
             self._examples = from_first(kept)
             self._start = self.likelihood = self._look(trainer, model)
             self.needed = False

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from lightning_safety.language import encode_example, generate_replies
 from lightning_safety.language.branches import packed_tokens_run
 from lightning_safety.language.prefix import TokensRun
 from lightning_safety.language.tokenizer import pad_token_id
-from lightning_safety.monitoring.judges import KeywordRefusalJudge
+from lightning_safety.monitoring.judges import KeywordRefusalJudge, Verdict
 from lightning_safety.monitoring.sets import PromptSource, read_prompts
 from lightning_safety.scoring.objective import ObjectiveBatch, SafetyObjective, first_labelled, mean_log_probability
 from lightning_safety.scoring.shards import is_sharded, passes_of_all
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _JUDGED_TOKENS = 12
 _SPARE_TOKENS = 4
-_BATCH_SIZE = 32
+_BATCH_SIZE = 64
 # About so many of the replies are as they should be, and kept.
 _KEPT_SHARE = 0.8
 # In a fit each of them may come about so many times.
@@ -102,12 +103,13 @@ class OwnReplies(SafetyObjective):
             turns = math.ceil(self._expected / (1 + self.answers_per_refusal))
             prompts = min(prompts, max(_FEWEST_PROMPTS, math.ceil(turns / _KEPT_SHARE / _TIMES)))
         limits = {"harmful": prompts, "borderline": prompts * self.answers_per_refusal}
-        for kind, source in (("harmful", self.harmful), ("borderline", self.borderline)):
-            examples = read_prompts(source, kind, split=self.split, limit=limits[kind])[1]
-            kept = keep_replies(
-                model, tokenizer, examples, name=kind, refused=kind == "harmful", max_new_tokens=self.max_new_tokens
-            )
-            self._pairs[kind] = [(example.prompt, example.response or "") for example in kept]
+        kinds = [
+            Asked(kind, read_prompts(source, kind, split=self.split, limit=limits[kind])[1], refused=kind == "harmful")
+            for kind, source in (("harmful", self.harmful), ("borderline", self.borderline))
+        ]
+        # In one go, so that batches are full.
+        for kind, kept in zip(kinds, keep_replies(model, tokenizer, kinds, self.max_new_tokens), strict=True):
+            self._pairs[kind.name] = [(example.prompt, example.response or "") for example in kept]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the replies that are kept: refusals, and openings of answers to harmless prompts."""
@@ -154,29 +156,38 @@ def _in_turn(
     return rows
 
 
+class Asked(NamedTuple):
+    """Prompts of a kind.
+
+    Attributes:
+        name: What they are called in messages.
+        prompts: The prompts; their responses do not matter.
+        refused: Whether to keep the refusals; else the answers.
+    """
+
+    name: str
+    prompts: Sequence[Example]
+    refused: bool
+
+
 def keep_replies(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    name: str,
-    refused: bool,
-    max_new_tokens: int,
-) -> list[Example]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, kinds: Sequence[Asked], max_new_tokens: int
+) -> list[list[Example]]:
     """Let a model reply to prompts, and return those that it refused, or answered, with how its reply began.
 
     Args:
         model: As it is now.
         tokenizer: Its tokenizer.
-        examples: The prompts; their responses do not matter.
-        name: What they are called in messages.
-        refused: Whether to keep the refusals; else the answers.
+        kinds: What it is asked.
         max_new_tokens: Length of the replies, in tokens; at least 12 are generated, so that a refusal can be told.
 
+    Returns:
+        The prompts of each kind that are kept, with the replies as responses.
+
     Raises:
-        ValueError: None is left.
+        ValueError: None is left of a kind.
     """
-    prompts = [example.prompt for example in examples]
+    prompts = [example.prompt for kind in kinds for example in kind.prompts]
     # A few more than count: the last one generated may be a part of a character.
     length = max(max_new_tokens + _SPARE_TOKENS, _JUDGED_TOKENS)
     sharded = is_sharded(model.parameters())
@@ -185,20 +196,21 @@ def keep_replies(
             model, tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH_SIZE, together=sharded
         )
     verdicts = KeywordRefusalJudge().score(prompts, replies)
-    kept = [
-        Example(prompt, reply)
-        for prompt, reply, verdict in zip(prompts, replies, verdicts, strict=True)
-        if reply and verdict.refused is refused
-    ]
-    does = "refuses" if refused else "answers"
+    judged = iter(zip(prompts, replies, verdicts, strict=True))
+    return [_kept(kind, list(itertools.islice(judged, len(kind.prompts)))) for kind in kinds]
+
+
+def _kept(kind: Asked, judged: Sequence[tuple[str, str, Verdict]]) -> list[Example]:
+    kept = [Example(prompt, reply) for prompt, reply, verdict in judged if reply and verdict.refused is kind.refused]
+    does = "refuses" if kind.refused else "answers"
     if not kept:
         raise ValueError(
-            f"`{name}` expected prompts that the model {does} but it {does} none of {len(prompts)}, so that there is"
-            f" nothing to keep. Give others that it {does}, make the model safe first (`SafetyEnhancementTuning`), or"
-            " rehearse written replies (`RefusalLikelihood`)."
+            f"`{kind.name}` expected prompts that the model {does} but it {does} none of {len(judged)}, so that there"
+            f" is nothing to keep. Give others that it {does}, make the model safe first (`SafetyEnhancementTuning`),"
+            " or rehearse written replies (`RefusalLikelihood`)."
         )
-    if len(kept) < len(prompts) / 2:
+    if len(kept) < len(judged) / 2:
         warnings.warn(
-            f"The model {does} {len(kept)} of {len(prompts)} {name} prompts; only these are kept so.", stacklevel=2
+            f"The model {does} {len(kept)} of {len(judged)} {kind.name} prompts; only these are kept so.", stacklevel=3
         )
     return kept

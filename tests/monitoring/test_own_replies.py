@@ -67,7 +67,7 @@ def test_no_more_prompts_are_asked_than_a_fit_has_time_for(
     objective = OwnReplies(answers_per_refusal=2)
     objective.expect(expected)
     objective.prepare(make_tiny_model(), TOKENIZER)
-    assert tuple(counts) == asked
+    assert counts == [sum(asked)]
 
 
 @pytest.mark.filterwarnings("ignore:The model refuses 1 of 3")
