@@ -101,7 +101,7 @@ class SafetyRehearsal(CallbackWithRandomness):
         objective: SafetyObjective | None = None,
         *,
         weight: float | None = None,
-        batch_size: int = 4,
+        batch_size: int = 3,
         watch_every_n_steps: int = 10,
         tolerance: float = 0.2,
         watch: PromptSource = "harmful",
