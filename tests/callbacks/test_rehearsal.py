@@ -101,6 +101,29 @@ def test_add_is_training_on_the_summed_loss(accumulate: int, clip: str | None) -
             assert_close(unclipped.model, reference.model, before, 0.1)
 
 
+class SummedLossByHand(SummedLoss):
+    """Makes its steps itself."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss / self.accumulate)
+        if (batch_idx + 1) % self.accumulate == 0:
+            optimizer = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_add_is_training_on_the_summed_loss_in_manual_optimization(accumulate: int) -> None:
+    before = weights_of(make_smallest_model())
+    module = OwnModule(make_smallest_model(), sgd, manual=True, accumulate=accumulate)
+    fit(module, [rehearsal()], steps=STEPS * accumulate)
+    reference = SummedLossByHand(make_smallest_model(), sgd, manual=True, accumulate=accumulate)
+    fit(reference, steps=STEPS * accumulate)
+    assert_close(module.model, reference.model, before)
+
+
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("mode", ["add", "project"])
 def test_weight_zero_or_no_conflict_changes_no_bit(manual: bool, mode: Any) -> None:
