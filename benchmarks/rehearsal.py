@@ -42,7 +42,7 @@ def main() -> None:
                 for kind in ("harmful", "borderline")
             }
         )
-        rehearsal = Rehearsal(objective, mode=mode, batch_size=3)
+        rehearsal = Rehearsal(objective, mode=mode, batch_size=4)
         rehearsals[mode] = rehearsal.prepare(model, tokenizer, objective.state_dict())
 
     def step() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
@@ -23,7 +23,7 @@ from lightning_safety.callbacks.resume import (
     warn_of_loaders_that_start_over,
     warn_of_lost_objective,
 )
-from lightning_safety.callbacks.scaling import gradient_scales
+from lightning_safety.callbacks.scaling import autocast_of, gradient_scales
 from lightning_safety.callbacks.strategies import REPLICATED, SHARDED, check_strategy
 from lightning_safety.enforcement.optimizers import optimized_parameters, trains
 from lightning_safety.enforcement.rehearsal import Rehearsal, RehearsalMode
@@ -101,7 +101,7 @@ class SafetyRehearsal(CallbackWithRandomness):
         objective: SafetyObjective | None = None,
         *,
         weight: float | None = None,
-        batch_size: int = 3,
+        batch_size: int = 4,
         watch_every_n_steps: int = 10,
         tolerance: float = 0.2,
         watch: PromptSource = "harmful",
@@ -285,8 +285,7 @@ class SafetyRehearsal(CallbackWithRandomness):
     @contextmanager
     def _preparing(self, trainer: pl.Trainer) -> Iterator[None]:
         # What is kept is what the model says in the precision that it trains in; its weights have theirs already.
-        autocast = getattr(trainer.precision_plugin, "autocast_context_manager", nullcontext)
-        with preserved_random_state(), self._timed(), autocast():
+        with preserved_random_state(), self._timed(), autocast_of(trainer):
             yield
 
     @contextmanager

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a gradient scaler has scaled the gradients that a callback sees before an optimizer's step."""
+"""What mixed precision does to what a callback sees: scaled gradients, and autocast."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import pytorch_lightning as pl
+import torch
 from torch.optim import Optimizer
 
 
@@ -18,3 +22,15 @@ def gradient_scales(trainer: pl.Trainer, optimizer: Optimizer) -> tuple[float, f
         return 1.0, 1.0
     scale = float(scaler.get_scale())
     return scale, scale if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+
+
+def autocast_of(trainer: pl.Trainer) -> AbstractContextManager[Any]:
+    """Return the autocast that the trainer's training steps run under, or a context that does nothing.
+
+    Lightning's own keeps no cast weights, as training changes them. Here none changes: each is cast once.
+    """
+    make = getattr(trainer.precision_plugin, "autocast_context_manager", None)
+    if make is None:
+        return nullcontext()
+    given = make()
+    return torch.autocast(given.device, dtype=given.fast_dtype)

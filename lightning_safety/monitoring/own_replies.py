@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _JUDGED_TOKENS = 12
 _SPARE_TOKENS = 4
-_BATCH_SIZE = 64
+_BATCH_SIZE = 128
 # About so many of the replies are as they should be, and kept.
 _KEPT_SHARE = 0.8
 # In a fit each of them may come about so many times.

@@ -108,6 +108,8 @@ def test_the_model_replies_in_the_precision_of_the_fit(monkeypatch: pytest.Monke
 
     def reply_and_tell(*arguments: Any, **_: Any) -> list[str]:
         heard.append(torch.is_autocast_enabled("cpu"))
+        # Each weight is cast once, and not for every token.
+        assert torch.is_autocast_cache_enabled()
         return reply(*arguments)
 
     monkeypatch.setattr(own_replies, "generate_replies", reply_and_tell)
