@@ -31,7 +31,7 @@ class Point:
         arm: Its name.
         step: After how many optimizer steps.
         look: What was seen then.
-        extra_time: Seconds of training over those of the plain arm, less 1; None without one.
+        extra_time: Seconds of training over those of the plain arm, less 1; None where one of the two has none.
         share: Rehearsals per optimizer step; None where there is no rehearsal.
     """
 
@@ -124,7 +124,8 @@ def _points(by_arm: Mapping[str, Any]) -> list[Point]:
     for arm, result in by_arm.items():
         for look in result["looks"]:
             seconds, step = look["training_seconds"], look["step"]
-            extra = seconds / plain[step] - 1 if plain.get(step) else None
+            # Seconds are taken out of a cell beside which something else ran.
+            extra = seconds / plain[step] - 1 if seconds is not None and plain.get(step) else None
             points.append(Point(arm, step, read_look(look), extra, look["metrics"].get("safety/rehearsal_share")))
     return points
 

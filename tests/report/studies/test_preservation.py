@@ -47,6 +47,12 @@ def test_tables_hold_every_look_and_what_it_is_compared_with(tmp_path: Path) -> 
     assert "Not run, with the hours they would take, estimated:\n\n- lora/benign: plain, spa (0.75 h)\n" in text
 
 
+def test_a_cell_whose_seconds_were_taken_out_has_no_extra_time(tmp_path: Path) -> None:
+    results = {**RESULTS, "full/benign/rehearsal": {"looks": [look(10, 6, 0.0) | {"training_seconds": None}]}}
+    text = write_preservation(made_up.results(results), tmp_path)
+    assert "| – | – |" in next(line for line in text.splitlines() if line.startswith("| rehearsal | 10"))
+
+
 def test_figures_show_the_last_look_of_each_arm_and_its_control_hollow(tmp_path: Path) -> None:
     write_preservation(made_up.results(RESULTS), tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["front-full.png", "front-lora.png"]
