@@ -29,8 +29,5 @@ def autocast_of(trainer: pl.Trainer) -> AbstractContextManager[Any]:
 
     Lightning's own keeps no cast weights, as training changes them. Here none changes: each is cast once.
     """
-    make = getattr(trainer.precision_plugin, "autocast_context_manager", None)
-    if make is None:
-        return nullcontext()
-    given = make()
-    return torch.autocast(given.device, dtype=given.fast_dtype)
+    given: AbstractContextManager[Any] = getattr(trainer.precision_plugin, "autocast_context_manager", nullcontext)()
+    return torch.autocast(given.device, dtype=given.fast_dtype) if isinstance(given, torch.autocast) else given
