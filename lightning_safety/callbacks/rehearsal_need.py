@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -17,7 +16,7 @@ from lightning_safety.monitoring import PromptSource, read_prompts
 from lightning_safety.monitoring.margin import opening_likelihood
 from lightning_safety.monitoring.own_replies import Asked, keep_replies
 from lightning_safety.processes import from_first
-from lightning_safety.scoring.shards import is_sharded, passes_of_all
+from lightning_safety.scoring.shards import passes_of_all
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,8 +138,7 @@ class RehearsalNeed:
         assert self._tokenizer is not None
         # FSDP2 keeps the weights of the root whole until a backward pass, and here there is none: the next forward pass
         # would not see what the step between changes.
-        gathered = passes_of_all(model) if is_sharded(model.parameters()) else nullcontext()
-        with trainer.precision_plugin.train_step_context(), gathered:
+        with trainer.precision_plugin.train_step_context(), passes_of_all(model):
             found = opening_likelihood(model, self._tokenizer, self._examples, tokens=_OPENING_TOKENS)
         # Processes that disagreed by a rounding would rehearse apart, and wait for each other for ever.
         own = torch.tensor(found, dtype=torch.float32, device=next(model.parameters()).device)

@@ -7,7 +7,6 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -190,10 +189,14 @@ def keep_replies(
     prompts = [example.prompt for kind in kinds for example in kind.prompts]
     # A few more than count: the last one generated may be a part of a character.
     length = max(max_new_tokens + _SPARE_TOKENS, _JUDGED_TOKENS)
-    sharded = is_sharded(model.parameters())
-    with passes_of_all(model) if sharded else nullcontext():
+    with passes_of_all(model):
         replies = generate_replies(
-            model, tokenizer, prompts, max_new_tokens=length, batch_size=_BATCH_SIZE, together=sharded
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=length,
+            batch_size=_BATCH_SIZE,
+            together=is_sharded(model.parameters()),
         )
     verdicts = KeywordRefusalJudge().score(prompts, replies)
     judged = iter(zip(prompts, replies, verdicts, strict=True))

@@ -133,16 +133,14 @@ class GuardJudgedSafety(ExampleObjective):
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Generate the replies and ask the guard, once for each state of both models."""
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            self._prepare(model, tokenizer, shared=False)
+        self._prepare(model, tokenizer, shared=False)
 
     def prepare_together(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Share out the generation of the replies, and ask the guard of all of them in each process.
 
         A model that is sharded over the processes generates all of them in each.
         """
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            self._prepare(model, tokenizer, shared=True)
+        self._prepare(model, tokenizer, shared=True)
 
     def _prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, shared: bool) -> None:
         judges = [self.guard.model] if isinstance(self.guard, GuardModel) else []
@@ -155,10 +153,11 @@ class GuardJudgedSafety(ExampleObjective):
         guard = self.guard if isinstance(self.guard, GuardModel) else GuardModel(self.guard, convention=self.convention)
         check_fast(guard.tokenizer, "guard")
         prompts = [example.prompt for example in self.load_examples()]
-        replies = self._replies(model, tokenizer, prompts, shared=shared)
-        self._judged = self._judge(guard, tokenizer, list(zip(prompts, replies, strict=True)))
-        _report(len(prompts), [found.verdict for found in self._judged], guard)
-        self._embeddings = token_embeddings(guard, tokenizer, predicted_tokens(model))
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            replies = self._replies(model, tokenizer, prompts, shared=shared)
+            self._judged = self._judge(guard, tokenizer, list(zip(prompts, replies, strict=True)))
+            _report(len(prompts), [found.verdict for found in self._judged], guard)
+            self._embeddings = token_embeddings(guard, tokenizer, predicted_tokens(model))
         self._prepared_for = state
 
     def _replies(

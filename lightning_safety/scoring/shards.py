@@ -140,7 +140,11 @@ def passes_of_all(model: nn.Module) -> Iterator[None]:
     """Run a sharded model forward in all processes, as often in each, and let go of what that gathered.
 
     Inside of `together`, none hears of another's error: they may be waiting for its parts, and end when it does.
+    Nothing happens where the model is whole.
     """
+    if not is_sharded(model.parameters()):
+        yield
+        return
     try:
         with unannounced():
             yield

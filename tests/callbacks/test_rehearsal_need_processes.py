@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,11 @@ from lightning_safety.callbacks import SafetyRehearsal
 from lightning_safety.monitoring import OwnReplies, own_replies
 from tests.callbacks.processes import fit_alone, fit_together
 from tests.callbacks.test_rehearsal_processes import KINDS, make_wide_module
+from tests.callbacks.test_rehearsal_state import reply
 from tests.callbacks.toys import OwnModule
 from tests.tiny import make_tiny_tokenizer
 
 STEPS = 12
-
-
-def reply(*arguments: Any, **_: Any) -> list[str]:
-    """Refuse every other prompt, so that there are refusals and answers among any of them."""
-    return ["I'm sorry, but I can't." if place % 2 else "Open the settings." for place in range(len(arguments[2]))]
 
 
 def adaptive(tolerance: float) -> list[SafetyRehearsal]:
@@ -38,19 +33,15 @@ def adaptive(tolerance: float) -> list[SafetyRehearsal]:
     ]
 
 
-@pytest.fixture
-def make_adaptive(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[SafetyRehearsal]]:
-    monkeypatch.setattr(own_replies, "generate_replies", reply)
-    return adaptive
-
-
 @pytest.mark.parametrize("strategy", KINDS)
 @pytest.mark.parametrize("tolerance", [0.0, 100.0], ids=["needed", "never needed"])
 def test_two_processes_look_and_rehearse_as_one(
-    tmp_path: Path, strategy: str, tolerance: float, make_adaptive: Callable[[float], list[SafetyRehearsal]]
+    tmp_path: Path, strategy: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A look without a rehearsal after it must not leave whole weights behind, which no step changes (FSDP2)."""
-    (callback,) = make_adaptive(tolerance)
+    # Here `adaptive` must not leave its replies behind.
+    monkeypatch.setattr(own_replies, "generate_replies", reply)
+    (callback,) = adaptive(tolerance)
     alone = fit_alone(make_wide_module(OwnModule), [callback], steps=STEPS)
     assert callback.metrics["safety/rehearsal_share"] == pytest.approx(0 if tolerance else 4 / STEPS)
     together = fit_together(
