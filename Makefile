@@ -33,16 +33,18 @@ benchmark: $(VENV)/.dev  ## Tables and JSON in benchmarks/results; about forty m
 
 # Prompts that should be refused: the built-in test split, or a file such as AdvBench's as JSON Lines.
 HARMFUL ?= harmful
+# Of every study; --full runs all cells, however long they take.
+OPTIONS ?=
 STUDY := $(BIN)/lightning-safety study
 MODELS := {before: smollm2-135m-instruct, after: runs/safe}
 
 studies: runs/safe  ## Every experiment of both papers, beside controls; many hours, resumable, into runs/results
-	$(STUDY) pattern --models "$(MODELS)" --output runs/results/pattern
-	$(STUDY) perturb --source runs/safe --harmful $(HARMFUL) --output runs/results/perturb
-	$(STUDY) enhance --harmful $(HARMFUL) --precision bf16-mixed --output runs/results/enhance
-	$(STUDY) preserve --source runs/safe --harmful $(HARMFUL) --precision bf16-mixed --output runs/results/preserve
-	$(STUDY) subspaces --aligned runs/safe --harmful $(HARMFUL) --precision bf16-mixed --output runs/results/subspaces
-	$(STUDY) activations --models "$(MODELS)" --output runs/results/activations
+	$(STUDY) pattern --models "$(MODELS)" $(OPTIONS) --output runs/results/pattern
+	$(STUDY) perturb --source runs/safe --harmful $(HARMFUL) $(OPTIONS) --output runs/results/perturb
+	$(STUDY) enhance --harmful $(HARMFUL) --precision bf16-mixed $(OPTIONS) --output runs/results/enhance
+	$(STUDY) preserve --source runs/safe --harmful $(HARMFUL) --precision bf16-mixed $(OPTIONS) --output runs/results/preserve
+	$(STUDY) subspaces --aligned runs/safe --harmful $(HARMFUL) --precision bf16-mixed $(OPTIONS) --output runs/results/subspaces
+	$(STUDY) activations --models "$(MODELS)" $(OPTIONS) --output runs/results/activations
 	$(BIN)/lightning-safety results runs/results -o runs/results/RESULTS.md
 
 results: $(VENV)/.dev  ## RESULTS.md anew from what the cells in results found

@@ -87,7 +87,7 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     Example:
         >>> import pytorch_lightning as pl
-        >>> trainer = pl.Trainer(callbacks=[SafetyRehearsal(every=4)], accelerator="cpu", logger=False)
+        >>> trainer = pl.Trainer(callbacks=[SafetyRehearsal(every=5)], accelerator="cpu", logger=False)
         >>> SafetyRehearsal(every=0)
         Traceback (most recent call last):
         ...
@@ -96,14 +96,14 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     def __init__(
         self,
-        every: int | Literal["adaptive"] = 4,
+        every: int | Literal["adaptive"] = 5,
         mode: RehearsalMode = "add",
         objective: SafetyObjective | None = None,
         *,
         weight: float | None = None,
         batch_size: int = 4,
         watch_every_n_steps: int = 10,
-        tolerance: float = 0.2,
+        tolerance: float = 0.1,
         watch: PromptSource = "harmful",
         watch_prompts: int = 8,
         tokenizer: PreTrainedTokenizerBase | str | None = None,

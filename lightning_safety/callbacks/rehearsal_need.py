@@ -54,7 +54,7 @@ class RehearsalNeed:
     def __init__(self, every_n_steps: int, tolerance: float, source: PromptSource, prompts: int) -> None:
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
             raise ValueError(
-                f"`tolerance` expected to be nats of at least 0 but got {tolerance!r}. Pass for instance 0.2."
+                f"`tolerance` expected to be nats of at least 0 but got {tolerance!r}. Pass for instance 0.1."
             )
         self.every_n_steps = check_positive(every_n_steps, "watch_every_n_steps")
         self.tolerance = tolerance

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_safety.enforcement.gradients import check_dense, dense_gradient
 from lightning_safety.enforcement.processes import average_over_processes, failed_anywhere
 from lightning_safety.language import canonical_name, evaluation_mode
+from lightning_safety.language.attention import FloatAttention
 from lightning_safety.language.modes import uncompiled
 from lightning_safety.processes import world_size
 from lightning_safety.randomness import preserved_random_state
@@ -202,8 +203,13 @@ def _attempt(
 
 @contextmanager
 def _rehearsing_state(model: nn.Module) -> Iterator[None]:
-    # Compiled, the few lengths of the examples would each be compiled anew.
-    with torch.enable_grad(), preserved_random_state(), uncompiled(), evaluation_mode(model, use_cache=False):
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(preserved_random_state())
+        # Compiled, the few lengths of the examples would each be compiled anew.
+        stack.enter_context(uncompiled())
+        stack.enter_context(FloatAttention())
+        stack.enter_context(evaluation_mode(model, use_cache=False))
         yield
 
 

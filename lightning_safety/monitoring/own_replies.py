@@ -31,7 +31,7 @@ _BATCH_SIZE = 128
 # About so many of the replies are as they should be, and kept.
 _KEPT_SHARE = 0.8
 # In a fit each of them may come about so many times.
-_TIMES = 2
+_TIMES = 2.5
 # A model that refuses a third refuses some of so many.
 _FEWEST_PROMPTS = 16
 

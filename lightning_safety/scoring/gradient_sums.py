@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_safety.arguments import check_positive
+from lightning_safety.language.attention import FloatAttention
 from lightning_safety.language.modes import evaluation_mode, uncompiled
 from lightning_safety.language.quantized import exact_inputs, keep_unpacked
 from lightning_safety.processes import check_alike, gather, share_of, sum_over_processes, together, unannounced
@@ -182,5 +183,6 @@ def _scoring_state(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Ite
             stack.enter_context(torch.autocast(device, enabled=False))
         # Compiled code would leave out the hooks that find gradients.
         stack.enter_context(uncompiled())
+        stack.enter_context(FloatAttention())
         stack.enter_context(evaluation_mode(model, use_cache=False))
         yield

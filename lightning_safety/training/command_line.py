@@ -114,11 +114,14 @@ def run_named_study(name: str, words: Sequence[str]) -> None:
 def parse_study(name: str, words: Sequence[str]) -> dict[str, Any]:
     """Return the arguments of a study: the settings of its recipe, and over them the files and options given.
 
+    ``--full`` is short for ``--hours null``: all cells, however long they take.
+
     Raises:
         ValueError: There is no such study.
     """
     check_choice(name, "study", list(STUDIES))
     function = STUDIES[name]
+    words = ["--hours=null" if word == "--full" else word for word in words]
     defaults = ["--config", str(recipe_path(f"studies/{name}"))]
     return read_options(parser_of(function, f"study {name}"), function, [*defaults, *words])
 

@@ -185,3 +185,35 @@ def other_mask_in_each() -> list[SelectedWeightsCallback]:
 def test_another_mask_in_each_process_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="`mask` expected to be the same in all 2 processes but process 1 has"):
         fit_together(tmp_path, "ddp", make_module, other_mask_in_each, steps=1)
+
+
+def rescored(folder: Path) -> list[Any]:
+    name = os.environ.get("RANK", "alone")
+    return [
+        SafetyPreservingAdaptation(
+            0.05,
+            objective=RefusalMargin(limit=3),
+            batch_size=1,
+            rescore_every_n_steps=2,
+            save_mask=folder / f"{name}.mask",
+            show_progress=False,
+        )
+    ]
+
+
+def test_two_processes_score_again_and_hold_what_one_would(tmp_path: Path) -> None:
+    make = partial(make_module, tokenizer=make_tiny_tokenizer())
+    # That both end with the same weights is checked there.
+    together = fit_together(tmp_path, "ddp", make, partial(rescored, tmp_path), steps=5)
+    found = SafetyMask.load(next(tmp_path.glob("[01].mask")))
+    (alone,) = rescored(tmp_path)
+    weights = fit_alone(make(), [alone], steps=5, rows_a_step=PROCESSES)
+    assert alone.mask is not None
+    assert found.overlap(alone.mask) / (found | alone.mask).count >= 0.99
+    start = SafetyPreservingAdaptation(0.05, objective=RefusalMargin(limit=3), batch_size=1)
+    fit_alone(make(), [start], steps=1)
+    assert start.mask is not None
+    assert found != start.mask
+    apart = sum(int((~torch.isclose(together[name], weight, 1e-4, 1e-6)).sum()) for name, weight in weights.items())
+    # A weight on the boundary may be held by one and not by the other.
+    assert apart <= 0.001 * sum(weight.numel() for weight in weights.values())

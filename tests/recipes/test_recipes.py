@@ -127,3 +127,10 @@ def test_a_misspelt_key_of_an_arm_is_refused(name, capsys):
 def test_options_of_a_study_take_several_words(name):
     _, study, *words = recipe_command(name)
     assert parse_study(study, [*words, *MODELS[name], "--only", "one", "another"])["only"] == ["one", "another"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_full_gives_a_study_all_the_time_it_takes(name):
+    _, study, *words = recipe_command(name)
+    assert parse_study(study, [*words, *MODELS[name]])["hours"] == 6
+    assert parse_study(study, [*words, *MODELS[name], "--full"])["hours"] is None

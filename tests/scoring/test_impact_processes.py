@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from tests.tiny import make_tiny_model, make_tiny_tokenizer
 EXAMPLES = 7
 
 
-def score(objective: SafetyObjective, reduction: Reduction = "signed", *, shared: bool) -> dict[str, Tensor]:
+def score(
+    objective: SafetyObjective, reduction: Reduction = "signed", *, shared: bool, **lean: Any
+) -> dict[str, Tensor]:
     return expected_safety_impact(
         make_tiny_model(),
         objective,
@@ -35,6 +38,7 @@ def score(objective: SafetyObjective, reduction: Reduction = "signed", *, shared
         batch_size=2,
         reduction=reduction,
         shared=shared,
+        **lean,
     )
 
 
@@ -49,6 +53,29 @@ def test_scores_are_those_of_one_process(tmp_path: Path, reduction: Reduction) -
         assert float((first[name] - scores).norm()) <= 1e-5 * float(scores.norm()), name
     one, other = select_top(first, 0.1), select_top(alone, 0.1)
     assert one.overlap(other) / (one | other).count >= 0.999
+
+
+@pytest.mark.parametrize(
+    ("lean", "tolerance"),
+    [
+        ({"passes": 2}, 1e-5),
+        ({"accumulate_on": "cpu"}, 1e-5),
+        # Eight bits of every sum are kept, or of every product.
+        ({"accumulate_dtype": "bfloat16"}, 1e-2),
+        ({"autocast": "bfloat16"}, 1e-5),
+    ],
+)
+def test_lean_scores_are_those_of_one_process(tmp_path: Path, lean: dict[str, Any], tolerance: float) -> None:
+    objective = RefusalMargin(limit=EXAMPLES)
+    first, second = run_in_processes(tmp_path, partial(score, objective, shared=True, **lean))
+    alone = score(objective, shared=False, **lean)
+    assert list(first) == list(alone)
+    for name, scores in alone.items():
+        assert first[name].dtype == scores.dtype
+        assert torch.equal(first[name], second[name]), name
+        difference = (first[name].float() - scores.float()).norm()
+        assert float(difference) <= tolerance * float(scores.float().norm()), name
+    assert select_top(first, 0.1) == select_top(second, 0.1)
 
 
 def test_one_example_is_enough_for_two_processes(tmp_path: Path) -> None:

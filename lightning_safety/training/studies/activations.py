@@ -42,7 +42,7 @@ def activations(
         limit: At most so many prompts of each set. None: all.
         seed: Of the sets drawn at random and of the folds.
         only: Run these cells only, by model or set. None: run all.
-        hours: Start no cell that is expected to end later than so many hours from now. None: run all.
+        hours: Start no cell that is expected to end later than so many hours from now. None, ``--full``: run all.
         output: Folder of the results. Cells whose file is there are not run again.
 
     Raises:

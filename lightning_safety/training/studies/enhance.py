@@ -88,7 +88,7 @@ def enhance(
         precision: Lightning's.
         seeds: Of the order of the rows and, added to its callback's, of a random mask; one cell each.
         only: Run these cells only, by arm or seed (``seed-0``). None: run all.
-        hours: Start no cell that is expected to end later than so many hours from now. None: run all.
+        hours: Start no cell that is expected to end later than so many hours from now. None, ``--full``: run all.
         output: Folder of the results. Cells whose file is there are not run again.
 
     Raises:

@@ -44,7 +44,7 @@ def pattern(
         limit: At most so many prompts. None: all.
         seed: Of the draws.
         only: Run these models only. None: run all.
-        hours: Start no cell that is expected to end later than so many hours from now. None: run all.
+        hours: Start no cell that is expected to end later than so many hours from now. None, ``--full``: run all.
         output: Folder of the results. Cells whose file is there are not run again.
 
     Raises:

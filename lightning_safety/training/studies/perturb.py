@@ -57,7 +57,7 @@ def perturb(
         limit: At most so many other prompts and tasks of each kind. None: all.
         seed: Of the noise and of the random places.
         only: Run these cells only, by name (``0.38/top/0.01``) or a part of it. None: run all.
-        hours: Start no cell that is expected to end later than so many hours from now. None: run all.
+        hours: Start no cell that is expected to end later than so many hours from now. None, ``--full``: run all.
         output: Folder of the results. Cells whose file is there are not run again.
 
     Raises:

@@ -113,7 +113,7 @@ def preserve(
         precision: Lightning's.
         seed: Of the order of the rows, and of adapters. Callbacks have seeds of their own.
         only: Run these arms only, and show the results of all. None: run all.
-        hours: Start no cell that is expected to end later than so many hours from now. None: run all.
+        hours: Start no cell that is expected to end later than so many hours from now. None, ``--full``: run all.
         output: Folder of the results: a JSON file for each cell, ``results.md`` and ``front-….png``. Cells whose file
             is there are not run again.
 

@@ -75,7 +75,7 @@ def subspaces(
         limit: At most so many other prompts and tasks of each kind. None: all.
         seed: Of the order of the rows and of the controls.
         only: Run these cells only, by name (``contaminated/top-parallel-0.5``) or a part of it. None: run all.
-        hours: Start no cell that is expected to end later than so many hours from now. None: run all.
+        hours: Start no cell that is expected to end later than so many hours from now. None, ``--full``: run all.
         output: Folder of the results. Cells whose file is there are not run again.
 
     Raises:
