@@ -182,9 +182,9 @@ class SafetyRehearsal(CallbackWithRandomness):
         with self._preparing(trainer):
             self._continues = self._restored is not None
             self._tell_how_many(trainer)
-            self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
             if self.need is not None:
-                self.need.prepare()
+                self.need.prepare(self.rehearsal.objective)
+            self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
         if not restores_late(trainer):
             self._randomness.at_fit_start(self._restored["random"] if self._restored else None)
 

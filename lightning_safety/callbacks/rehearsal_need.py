@@ -12,10 +12,11 @@ import torch
 
 from lightning_safety.arguments import check_positive
 from lightning_safety.data import Example
-from lightning_safety.monitoring import PromptSource, read_prompts
+from lightning_safety.monitoring import OwnReplies, PromptSource, read_prompts
 from lightning_safety.monitoring.margin import opening_likelihood
 from lightning_safety.monitoring.own_replies import Asked, keep_replies
 from lightning_safety.processes import from_first
+from lightning_safety.scoring import SafetyObjective
 from lightning_safety.scoring.shards import passes_of_all
 
 if TYPE_CHECKING:
@@ -67,10 +68,14 @@ class RehearsalNeed:
         self._prompts: list[Example] = []
         self._examples: list[Example] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._replies: OwnReplies | None = None
 
-    def prepare(self) -> None:
-        """Read the prompts."""
+    def prepare(self, objective: SafetyObjective) -> None:
+        """Read the prompts; an objective that asks the model itself is to ask them too. Call it before that does."""
         self._prompts = read_prompts(self.source, "watch", split="monitor", limit=self.prompts)[1]
+        self._replies = objective if isinstance(objective, OwnReplies) else None
+        if self._replies is not None:
+            self._replies.ask_beside(self._prompts)
 
     def begin(
         self,
@@ -93,14 +98,20 @@ class RehearsalNeed:
                     " as it is in the checkpoint, not before its fit began.",
                     stacklevel=2,
                 )
-            (kept,) = keep_replies(model, tokenizer, [Asked("watch", self._prompts, refused=True)], _OPENING_TOKENS)
-            self._examples = from_first(kept)
+            self._examples = from_first(self._refused(trainer, model, tokenizer))
             self._start = self.likelihood = self._look(trainer, model)
             self.needed = False
         else:
             self._examples = [Example(prompt, refusal) for prompt, refusal in restored["refusals"]]
             self._start, self.likelihood, self.needed = restored["start"], restored["likelihood"], restored["needed"]
             self._looked_at = restored.get("looked_at", 0)
+
+    def _refused(self, trainer: pl.Trainer, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        # Where there is a checkpoint, weights may have been restored since.
+        if self._replies is not None and self._replies.refused_beside and trainer.ckpt_path is None:
+            return self._replies.refused_beside
+        (kept,) = keep_replies(model, tokenizer, [Asked("watch", self._prompts, refused=True)], _OPENING_TOKENS)
+        return kept
 
     def looks_at(self, step: int) -> bool:
         """Whether to look before a step of an optimizer, 0 for its first; not twice where several come to one."""

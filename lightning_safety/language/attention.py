@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention in float32 where the half-precision one of a processor is slow."""
+"""Attention in float32 where that of a processor is slow in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class FloatAttention(TorchFunctionMode):
-    """Computes the scaled dot-product attention of a processor in float32, with results in the dtype that is asked for.
+    """Computes the scaled dot-product attention of a processor in float32 where bfloat16 is asked for, and rounds then.
 
-    Under bfloat16 the backward pass of torch's fused attention takes two to three times as long there as in float32
+    In bfloat16 the backward pass of torch's fused attention takes two to three times as long there as in float32
     (torch 2.13, AVX512-BF16), and a fifth of the backward pass of a model with few, short rows. It acts as a context;
     the backward pass belongs inside, for what gradient checkpoints compute again. Other devices, dtypes and ways to
     attend stay as they are.
@@ -34,17 +34,17 @@ class FloatAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run `func`, with tensors in float32 if it is an attention to be helped."""
+        """Run `func`, with tensors in float32 if it is such an attention."""
         given = kwargs or {}
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **given)
         query = args[0] if args else given["query"]
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-        if query.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        if query.device.type != "cpu" or dtype != torch.bfloat16:
             return func(*args, **given)
         with torch.autocast("cpu", enabled=False):
             found = func(*map(_in_float32, args), **{name: _in_float32(value) for name, value in given.items()})
-            return found.to(dtype)
+            return found.bfloat16()
 
 
 def _in_float32(value: Any) -> Any:

@@ -30,7 +30,7 @@ _SPARE_TOKENS = 4
 _BATCH_SIZE = 128
 # About so many of the replies are as they should be, and kept.
 _KEPT_SHARE = 0.8
-# In a fit each of them may come about so many times.
+# In a short fit each of them comes about so many times.
 _TIMES = 2.5
 # A model that refuses a third refuses some of so many.
 _FEWEST_PROMPTS = 16
@@ -51,11 +51,15 @@ class OwnReplies(SafetyObjective):
         borderline: Harmless prompts that look harmful.
         split: The split of built-in sets.
         prompts: At most so many harmful prompts, spread evenly over the set, and `answers_per_refusal` times as many
-            borderline ones; fewer where a `SafetyRehearsal` expects no time to rehearse all twice. Too few are learned
-            by heart in a long fit, and then keep nothing else: allow about as many as there will be rehearsals.
+            borderline ones; fewer where a `SafetyRehearsal` has time for fewer, each two or three times. Too few are
+            learned by heart in a long fit, and then keep nothing else: allow about as many as there will be rehearsals.
         answers_per_refusal: How many answers are kept for each refusal. With more a model comes to refuse less.
         max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones; of
             what follows a refusal has next to nothing left to learn, so that with more of it that decision counts less.
+
+    Attributes:
+        refused_beside: What the model refused of what `ask_beside` gave, with how its refusals began; empty before
+            `prepare`.
 
     Raises:
         ValueError: An argument is out of range. From `prepare`: there are no prompts, or the model refuses no harmful
@@ -80,6 +84,8 @@ class OwnReplies(SafetyObjective):
         self.max_new_tokens = check_positive(max_new_tokens, "max_new_tokens")
         self._pairs: dict[str, list[tuple[str, str]]] = {}
         self._expected: int | None = None
+        self._beside: Sequence[Example] = ()
+        self.refused_beside: list[Example] = []
 
     def describe(self) -> dict[str, str]:
         """Return the objective's name, its prompts, and how much of the replies counts."""
@@ -95,6 +101,10 @@ class OwnReplies(SafetyObjective):
         """Ask no more prompts than that takes: a short fit need not wait for replies it has no time to rehearse."""
         self._expected = examples
 
+    def ask_beside(self, prompts: Sequence[Example]) -> None:
+        """Ask these harmful prompts as well, which are not rehearsed: among the others they take next to no time."""
+        self._beside, self.refused_beside = prompts, []
+
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let the model reply, and keep what it did right."""
         prompts = self.prompts
@@ -106,9 +116,13 @@ class OwnReplies(SafetyObjective):
             Asked(kind, read_prompts(source, kind, split=self.split, limit=limits[kind])[1], refused=kind == "harmful")
             for kind, source in (("harmful", self.harmful), ("borderline", self.borderline))
         ]
+        beside = [Asked("watch", self._beside, refused=True)] if self._beside else []
         # In one go, so that batches are full.
-        for kind, kept in zip(kinds, keep_replies(model, tokenizer, kinds, self.max_new_tokens), strict=True):
+        found = keep_replies(model, tokenizer, [*kinds, *beside], self.max_new_tokens)
+        for kind, kept in zip(kinds, found, strict=False):
             self._pairs[kind.name] = [(example.prompt, example.response or "") for example in kept]
+        if beside:
+            self.refused_beside = found[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the replies that are kept: refusals, and openings of answers to harmless prompts."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_safety.callbacks import SafetyRehearsal, rehearsal_need
+from lightning_safety.data import Example
 from lightning_safety.monitoring import own_replies
 from tests.callbacks.toys import OwnModule, assert_same_bits, fit, make_smallest_model
 from tests.enforcement.objectives import TokenRows
@@ -53,8 +54,35 @@ def acts(callback: SafetyRehearsal, steps: int) -> list[bool]:
         return due(*arguments)
 
     callback._is_due = is_due  # type: ignore[method-assign]
-    fit(OwnModule(make_smallest_model()), [callback], steps=steps)
+    fit(OwnModule(make_smallest_model(vocab_size=512, max_position_embeddings=256)), [callback], steps=steps)
     return found
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_watched_is_asked_with_what_is_rehearsed(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    asked: list[list[str]] = []
+
+    def reply(_: Any, __: Any, prompts: list[str], **___: Any) -> list[str]:
+        asked.append(prompts)
+        return ["Here is how." if "borderline" in prompt else REFUSAL for prompt in prompts]
+
+    monkeypatch.setattr(own_replies, "generate_replies", reply)
+    objective: Any = TokenRows()
+    if own:
+        objective = own_replies.OwnReplies(
+            [Example("harmful one"), Example("harmful two")], [Example("borderline one"), Example("borderline two")]
+        )
+    callback = adaptive(objective=objective, watch_prompts=3)
+    script(monkeypatch, [0.0, 0.0])
+    acts(callback, 3)
+    assert callback.need is not None
+    watched = [example.prompt for example in callback.need._examples]
+    assert len(watched) == 3
+    (once,) = asked
+    assert once == [*(["harmful one", "harmful two", "borderline one", "borderline two"] if own else []), *watched]
+    if own:
+        rehearsed = [prompt for pairs in objective.state_dict().values() for prompt, _ in pairs]
+        assert rehearsed == once[:4]
 
 
 def test_four_steps_rehearse_after_each_look_below_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:

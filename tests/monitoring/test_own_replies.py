@@ -52,7 +52,7 @@ def test_what_it_did_right_is_kept_and_nothing_else() -> None:
 @pytest.mark.filterwarnings("ignore:The model refuses")
 @pytest.mark.parametrize(
     ("expected", "asked"),
-    [(None, (128, 256)), (3, (16, 32)), (120, (25, 50)), (10**6, (128, 256))],
+    [(None, (128, 256)), (3, (16, 32)), (120, (20, 40)), (10**6, (128, 256))],
 )
 def test_no_more_prompts_are_asked_than_a_fit_has_time_for(
     expected: int | None, asked: tuple[int, int], monkeypatch: pytest.MonkeyPatch

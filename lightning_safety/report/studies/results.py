@@ -14,7 +14,7 @@ from lightning_safety.report.studies import WRITERS, read_study
 from lightning_safety.report.studies.reading import PLAN
 
 NOTES = "notes.md"
-"""In the folder of a study: what a reader made of its results; shown above them."""
+"""In the folder of a study: what a reader made of its results; shown above them. In that of all: what follows."""
 
 _TEMPLATE = "results.md.jinja"
 
@@ -114,11 +114,17 @@ def write_results(folder: Path, output: Path) -> str:
         folder=folder.name,
         name=output.name,
         studies=[_entry(name, place, output) for name, found in present.items() for place in found],
+        conclusions=_notes(folder),
         absent=[{"name": name, "title": STUDIES[name].title} for name in STUDIES if name not in present],
     )
     with replace_atomically(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return text
+
+
+def _notes(folder: Path) -> str:
+    path = folder / NOTES
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def _folders(folder: Path, name: str) -> list[Path]:
@@ -128,7 +134,7 @@ def _folders(folder: Path, name: str) -> list[Path]:
 
 
 def _entry(name: str, folder: Path, output: Path) -> dict[str, Any]:
-    study, notes = STUDIES[name], folder / NOTES
+    study = STUDIES[name]
     text = WRITERS[name](read_study(folder), folder)
     # Figures lie beside the study's own page.
     there = Path(os.path.relpath(folder, output.parent)).as_posix()
@@ -136,6 +142,6 @@ def _entry(name: str, folder: Path, output: Path) -> dict[str, Any]:
         "title": study.title + folder.name.removeprefix(name).replace("-", ": ", 1),
         "summary": study.summary,
         "claim": study.claim,
-        "notes": notes.read_text(encoding="utf-8").strip() if notes.exists() else "",
+        "notes": _notes(folder),
         "text": re.sub(r"(!\[[^]]*\]\()", rf"\g<1>{there}/", text).strip(),
     }

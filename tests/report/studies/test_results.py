@@ -29,6 +29,7 @@ def test_the_page_shows_claims_notes_tables_and_what_was_not_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "perturb" / "notes.md").write_text("It does not matter.\n", encoding="utf-8")
+    (folder / "notes.md").write_text("So noise is left alone.\n", encoding="utf-8")
     main(["results", str(folder), "-o", str(folder.parent / "RESULTS.md")])
     text = (folder.parent / "RESULTS.md").read_text(encoding="utf-8")
     heading, table, protection = (
@@ -39,6 +40,7 @@ def test_the_page_shows_claims_notes_tables_and_what_was_not_run(
         < text.index("**What the paper says**")
         < text.index("**What we see**: It does not")
         < table
+        < text.index("## What follows for the defaults\n\nSo noise is left alone.\n\n## ")
         < protection
     )
     assert "| before |  | 0.10 [0.04, 0.21] n=50 |" in text
