@@ -87,7 +87,7 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     Example:
         >>> import pytorch_lightning as pl
-        >>> trainer = pl.Trainer(callbacks=[SafetyRehearsal(every=5)], accelerator="cpu", logger=False)
+        >>> trainer = pl.Trainer(callbacks=[SafetyRehearsal(every=4)], accelerator="cpu", logger=False)
         >>> SafetyRehearsal(every=0)
         Traceback (most recent call last):
         ...
@@ -96,7 +96,7 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     def __init__(
         self,
-        every: int | Literal["adaptive"] = 5,
+        every: int | Literal["adaptive"] = 4,
         mode: RehearsalMode = "add",
         objective: SafetyObjective | None = None,
         *,

@@ -14,9 +14,8 @@ from lightning_safety.callbacks.rehearsal import SafetyRehearsal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What one rehearsal takes, with its share of the replies at the start of a fit of 120 steps, in training steps on four
-# short rows under bfloat16 autocast (docs/preserving.md).
-_STEPS_PER_REHEARSAL = 0.65
+# What one rehearsal takes in training steps on batches of four short rows under bfloat16 autocast (docs/preserving.md).
+_STEPS_PER_REHEARSAL = 0.5
 
 
 def preserve_safety(
@@ -32,9 +31,9 @@ def preserve_safety(
     device, under DDP and under FSDP2.
 
     Args:
-        budget: The extra training time to spend on rehearsals, the replies at the start included, as a share: about so
-            much where a step takes four short rows and the fit some hundred steps, less where they take more. The
-            monitor's checks come on top. At least 0.01.
+        budget: The extra training time to spend on rehearsals, as a share: about so much where a step takes four
+            short rows, less where it takes more. The replies at the start and the monitor's checks come on top. At
+            least 0.01.
         tokenizer: The tokenizer or its path. Default: it is looked for.
         language_model: The dotted name of the language model in the module, where there are several.
 

@@ -124,29 +124,30 @@ def add_safety_gradient(
         return None
     if any(parameter.dtype == torch.float16 for parameter in trained.values()):
         return None
-    found: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
     with _rehearsing_state(model), ExitStack() as hooks:
         loss = _checked_loss(model, objective, batch, forward_context)
         for name, parameter in trained.items():
             register: Callable[..., RemovableHandle] = parameter.register_hook
-            hooks.callback(register(partial(_note_finite, found, name)).remove)
+            hooks.callback(register(partial(_note_norm, norms, name)).remove)
         if loss.requires_grad:
             torch.autograd.backward(loss * weight)
     value = float(loss.detach())
-    if not found:
+    if not norms:
         raise _reaches_none()
-    if not bool(torch.stack(list(found.values())).all()):
+    if not bool(torch.stack(list(norms.values())).isfinite().all()):
         for name, parameter in trained.items():
             # What is not finite stays so in the sum; of what only has large entries the norm has overflowed.
             summed = parameter.grad
-            if name in found and not found[name] and summed is not None and not is_finite(summed):
+            if name in norms and not norms[name].isfinite() and summed is not None and not is_finite(summed):
                 raise _not_finite_in(f"`{canonical_name(name)}`", value)
     return value
 
 
-def _note_finite(found: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+def _note_norm(norms: dict[str, Tensor], name: str, gradient: Tensor) -> None:
     check_dense(canonical_name(name), gradient)
-    found[name] = has_finite_norm(gradient)
+    # Whether they are finite is asked of all at once: of hundreds of small gradients that is a part of the time.
+    norms[name] = torch.linalg.vector_norm(gradient).float()
 
 
 def _checked_loss(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -74,7 +74,12 @@ def generate_replies(
     device = next(model.parameters()).device
     replies = [""] * len(prompts)
     batches = length_buckets([len(token_ids) for token_ids in encoded], batch_size)
-    with torch.no_grad(), evaluation_mode(model), preserved_random_state(), _generation_config(model, settings):
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(preserved_random_state())
+        stack.enter_context(_generation_config(model, settings))
+        stack.enter_context(_cast_once(model))
         for indices in track(batches, "Generating replies", enabled=show_progress):
             inputs = _inputs(model, [encoded[index] for index in indices], pad_token_id(tokenizer), device)
             generated = generate(**inputs, synced_gpus=together)[:, inputs["input_ids"].shape[1] :].tolist()
@@ -137,6 +142,23 @@ def _generation_config(model: Any, settings: GenerationConfig) -> Iterator[None]
         yield
     finally:
         model.generation_config = before
+
+
+@contextmanager
+def _cast_once(model: nn.Module) -> Iterator[None]:
+    """Let autocast keep what it casts of frozen weights, as it does of others: else every token casts them anew."""
+    # Of other classes (shards, packed weights) what requires a gradient is more than a flag.
+    frozen = [weight for weight in model.parameters() if type(weight) is nn.Parameter and not weight.requires_grad]
+    cast = [
+        weight for weight in frozen if weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+    ]
+    try:
+        for weight in cast:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in cast:
+            weight.requires_grad_(False)
 
 
 def _check_context(model: Any, encoded: list[list[int]], prompts: Sequence[str], max_new_tokens: int) -> None:

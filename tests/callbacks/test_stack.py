@@ -9,7 +9,7 @@ from lightning_safety.callbacks import HarmfulnessMonitor, SafetyRehearsal, pres
 from lightning_safety.monitoring import OwnReplies
 
 
-@pytest.mark.parametrize(("budget", "every"), [(1, 1), (0.2, 4), (0.15, 5), (0.1, 7), (0.05, 13)])
+@pytest.mark.parametrize(("budget", "every"), [(1, 1), (0.2, 3), (0.15, 4), (0.1, 5), (0.05, 10)])
 def test_a_smaller_budget_rehearses_more_rarely(budget: float, every: int) -> None:
     rehearsal, monitor = preserve_safety(budget, tokenizer="some/folder", language_model="model.student")
     assert isinstance(rehearsal, SafetyRehearsal)

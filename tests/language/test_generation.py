@@ -131,3 +131,25 @@ def test_bad_input_is_refused(model, tiny_tokenizer):
         generate_replies(nn.Linear(2, 2), tiny_tokenizer, ["Hi"])
     with pytest.raises(ValueError, match=r"context of 512 tokens but with `max_new_tokens=24` this one takes .*'no no"):
         generate_replies(model, tiny_tokenizer, ["Hi", "no " * 400])
+
+
+def test_under_autocast_frozen_weights_are_cast_once():
+    """As autocast keeps the casts of weights that train; of others it would make one for every token."""
+    model, tokenizer = make_tiny_model(), make_tiny_tokenizer()
+    model.requires_grad_(False)
+    seen = set()
+
+    def note(module, arguments):
+        seen.add(all(weight.requires_grad for weight in module.parameters()))
+
+    model.register_forward_pre_hook(note)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen = generate_replies(model, tokenizer, ["A question?"], max_new_tokens=4)
+        assert not any(weight.requires_grad for weight in model.parameters())
+        model.requires_grad_(True)
+        assert generate_replies(model, tokenizer, ["A question?"], max_new_tokens=4) == frozen
+    model.requires_grad_(False)
+    assert seen == {True}
+    seen.clear()
+    generate_replies(model, tokenizer, ["A question?"], max_new_tokens=4)
+    assert seen == {False}
