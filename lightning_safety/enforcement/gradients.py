@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_safety.language import canonical_name
+
 
 def dense_gradient(name: str, parameter: Tensor) -> Tensor | None:
     """Return the gradient of `parameter`, None where it has none.
@@ -23,10 +25,11 @@ def dense_gradient(name: str, parameter: Tensor) -> Tensor | None:
 
 
 def check_dense(name: str, gradient: Tensor) -> None:
-    """Refuse a sparse gradient, that of parameter `name`, by a RuntimeError."""
+    """Refuse a sparse gradient, that of the parameter which a model calls `name`, by a RuntimeError."""
     if gradient.layout != torch.strided:
         raise RuntimeError(
-            f"Gradient of `{name}` expected to be dense but it is sparse. Build its embedding with `sparse=False`."
+            f"Gradient of `{canonical_name(name)}` expected to be dense but it is sparse. Build its embedding with"
+            " `sparse=False`."
         )
 
 

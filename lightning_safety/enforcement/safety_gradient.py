@@ -145,7 +145,7 @@ def add_safety_gradient(
 
 
 def _note_norm(norms: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    check_dense(canonical_name(name), gradient)
+    check_dense(name, gradient)
     # Whether they are finite is asked of all at once: of hundreds of small gradients that is a part of the time.
     norms[name] = torch.linalg.vector_norm(gradient).float()
 

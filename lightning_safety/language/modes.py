@@ -50,6 +50,9 @@ def evaluation_mode(model: nn.Module, *, use_cache: bool | None = None) -> Itera
         yield
     finally:
         for module, training in flags:
-            module.training = training
+            # Past what modules look for in a value first, where they are not of their own kind: models with adapters
+            # have thousands.
+            plain = type(module).__setattr__ is nn.Module.__setattr__
+            (object.__setattr__ if plain else setattr)(module, "training", training)
         if has_cache:
             config.use_cache = cache_before
