@@ -31,7 +31,8 @@ class Point:
         arm: Its name.
         step: After how many optimizer steps.
         look: What was seen then.
-        extra_time: Seconds of training over those of the plain arm, less 1; None where one of the two has none.
+        extra_time: Seconds of training over those of the plain arm, less 1; where that has none, seconds of rehearsals
+            over those of the rest; None where neither is known.
         share: Rehearsals per optimizer step; None where there is no rehearsal.
     """
 
@@ -124,9 +125,14 @@ def _points(by_arm: Mapping[str, Any]) -> list[Point]:
     for arm, result in by_arm.items():
         for look in result["looks"]:
             seconds, step = look["training_seconds"], look["step"]
+            share, own = (look["metrics"].get(f"safety/rehearsal_{of}") for of in ("share", "seconds"))
+            extra = None
             # Seconds are taken out of a cell beside which something else ran.
-            extra = seconds / plain[step] - 1 if seconds is not None and plain.get(step) else None
-            points.append(Point(arm, step, read_look(look), extra, look["metrics"].get("safety/rehearsal_share")))
+            if seconds is not None and plain.get(step):
+                extra = seconds / plain[step] - 1
+            elif seconds is not None and own is not None:
+                extra = own / (seconds - own)
+            points.append(Point(arm, step, read_look(look), extra, share))
     return points
 
 

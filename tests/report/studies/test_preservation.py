@@ -53,6 +53,12 @@ def test_a_cell_whose_seconds_were_taken_out_has_no_extra_time(tmp_path: Path) -
     assert "| – | – |" in next(line for line in text.splitlines() if line.startswith("| rehearsal | 10"))
 
 
+def test_without_a_plain_fit_the_seconds_of_rehearsals_stand_beside_the_rest(tmp_path: Path) -> None:
+    seen = look(10, 6, 0.0) | {"training_seconds": 120.0, "metrics": {"safety/rehearsal_seconds": 20.0}}
+    text = write_preservation(made_up.results({"full/benign/rehearsal": {"looks": [seen]}}), tmp_path)
+    assert "| +20 % | – |" in next(line for line in text.splitlines() if line.startswith("| rehearsal | 10"))
+
+
 def test_figures_show_the_last_look_of_each_arm_and_its_control_hollow(tmp_path: Path) -> None:
     write_preservation(made_up.results(RESULTS), tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["front-full.png", "front-lora.png"]
