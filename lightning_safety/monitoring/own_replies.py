@@ -57,10 +57,6 @@ class OwnReplies(SafetyObjective):
         max_new_tokens: How much of each reply counts, in tokens. Whether to refuse is decided in the first ones; of
             what follows a refusal has next to nothing left to learn, so that with more of it that decision counts less.
 
-    Attributes:
-        refused_beside: What the model refused of what `ask_beside` gave, with how its refusals began; empty before
-            `prepare`.
-
     Raises:
         ValueError: An argument is out of range. From `prepare`: there are no prompts, or the model refuses no harmful
             prompt, or answers no borderline one.
@@ -85,7 +81,7 @@ class OwnReplies(SafetyObjective):
         self._pairs: dict[str, list[tuple[str, str]]] = {}
         self._expected: int | None = None
         self._beside: Sequence[Example] = ()
-        self.refused_beside: list[Example] = []
+        self._refused_beside: list[Example] = []
 
     def describe(self) -> dict[str, str]:
         """Return the objective's name, its prompts, and how much of the replies counts."""
@@ -103,7 +99,12 @@ class OwnReplies(SafetyObjective):
 
     def ask_beside(self, prompts: Sequence[Example]) -> None:
         """Ask these harmful prompts as well, which are not rehearsed: among the others they take next to no time."""
-        self._beside, self.refused_beside = prompts, []
+        self._beside, self._refused_beside = prompts, []
+
+    @property
+    def refused_beside(self) -> list[Example]:
+        """What the model refused of these, with how its refusals began; empty before `prepare`."""
+        return self._refused_beside
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """Let the model reply, and keep what it did right."""
@@ -122,7 +123,7 @@ class OwnReplies(SafetyObjective):
         for kind, kept in zip(kinds, found, strict=False):
             self._pairs[kind.name] = [(example.prompt, example.response or "") for example in kept]
         if beside:
-            self.refused_beside = found[-1]
+            self._refused_beside = found[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the replies that are kept: refusals, and openings of answers to harmless prompts."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,3 +133,9 @@ def test_a_model_without_anything_to_keep_is_refused(options: dict[str, Any], me
 def test_counts_are_at_least_one(name: str) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` expected to be"):
         OwnReplies(**{name: 0})
+
+
+def test_its_settings_are_its_arguments_and_no_more() -> None:
+    """Studies tell by them whether a cell was measured with others."""
+    public = {name for name in vars(OwnReplies()) if not name.startswith("_")}
+    assert public == set(inspect.signature(OwnReplies).parameters)
