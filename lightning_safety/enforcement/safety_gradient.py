@@ -14,9 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_safety.enforcement.gradients import check_dense, dense_gradient
 from lightning_safety.enforcement.processes import average_over_processes, failed_anywhere
-from lightning_safety.language import canonical_name, evaluation_mode
-from lightning_safety.language.attention import FloatAttention
-from lightning_safety.language.modes import uncompiled
+from lightning_safety.language import canonical_name
+from lightning_safety.language.modes import differentiated_beside_training
 from lightning_safety.processes import world_size
 from lightning_safety.randomness import preserved_random_state
 from lightning_safety.scoring.finite import has_finite_norm, is_finite
@@ -193,7 +192,7 @@ def _attempt(
         loss = _checked_loss(model, objective, batch, forward_context)
         if loss.requires_grad:
             torch.autograd.backward(loss * scale)
-        names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         gradients = [dense_gradient(names.get(id(parameter), _VECTOR), parameter) for parameter in parameters]
     for gradient in gradients:
         if gradient is not None and scale != 1:
@@ -204,13 +203,7 @@ def _attempt(
 
 @contextmanager
 def _rehearsing_state(model: nn.Module) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(preserved_random_state())
-        # Compiled, the few lengths of the examples would each be compiled anew.
-        stack.enter_context(uncompiled())
-        stack.enter_context(FloatAttention())
-        stack.enter_context(evaluation_mode(model, use_cache=False))
+    with preserved_random_state(), differentiated_beside_training(model):
         yield
 
 

@@ -148,9 +148,13 @@ def _generation_config(model: Any, settings: GenerationConfig) -> Iterator[None]
 def _cast_once(model: nn.Module) -> Iterator[None]:
     """Let autocast keep what it casts of frozen weights, as it does of others: else every token casts them anew."""
     # Of other classes (shards, packed weights) what requires a gradient is more than a flag.
-    frozen = [weight for weight in model.parameters() if type(weight) is nn.Parameter and not weight.requires_grad]
     cast = [
-        weight for weight in frozen if weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+        weight
+        for weight in model.parameters()
+        if type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and weight.dtype == torch.float32
+        and torch.is_autocast_enabled(weight.device.type)
     ]
     try:
         for weight in cast:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_safety.language.attention import FloatAttention
+
 
 def uncompiled() -> AbstractContextManager[object]:
     """Run what ``torch.compile`` has compiled as it was written. Where nothing is compiled, the import is saved."""
@@ -56,3 +58,17 @@ def evaluation_mode(model: nn.Module, *, use_cache: bool | None = None) -> Itera
             (object.__setattr__ if plain else setattr)(module, "training", training)
         if has_cache:
             config.use_cache = cache_before
+
+
+@contextmanager
+def differentiated_beside_training(model: nn.Module) -> Iterator[None]:
+    """Differentiate other losses than that of a fit: evaluation mode without cache, gradients, no compiled code.
+
+    Compiled code would leave out hooks that find gradients, and be compiled anew for every length. Attention is that of
+    `FloatAttention`. The backward pass belongs inside.
+
+    Args:
+        model: The model.
+    """
+    with torch.enable_grad(), uncompiled(), FloatAttention(), evaluation_mode(model, use_cache=False):
+        yield

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_safety.arguments import check_positive
-from lightning_safety.language.attention import FloatAttention
-from lightning_safety.language.modes import evaluation_mode, uncompiled
+from lightning_safety.language.modes import differentiated_beside_training
 from lightning_safety.language.quantized import exact_inputs, keep_unpacked
 from lightning_safety.processes import check_alike, gather, share_of, sum_over_processes, together, unannounced
 from lightning_safety.progress import track
@@ -178,11 +177,7 @@ def _scoring_state(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Ite
     devices = {weight.device.type for weight in weights.values()}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
-        # Compiled code would leave out the hooks that find gradients.
-        stack.enter_context(uncompiled())
-        stack.enter_context(FloatAttention())
-        stack.enter_context(evaluation_mode(model, use_cache=False))
+        stack.enter_context(differentiated_beside_training(model))
         yield
