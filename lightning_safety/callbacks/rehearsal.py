@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_safety.callbacks.log import fill_callback_metrics, log_to_loggers
-from lightning_safety.callbacks.rehearsal_need import EXPECTED_EVERY, RehearsalNeed
+from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
 from lightning_safety.callbacks.resume import (
     CallbackWithRandomness,
     check_state_version,
@@ -62,14 +62,14 @@ class SafetyRehearsal(CallbackWithRandomness):
     Args:
         every: Rehearse at every so many optimizer steps, from the first on. ``"adaptive"``: only when needed. Every
             `watch_every_n_steps` steps it is looked at how likely the model's own refusals are, without gradients;
-            where that is below its value at the start by more than `tolerance`, the next four steps rehearse.
+            where that is below its value at the start by more than `tolerance`, the next step rehearses.
         mode: ``"add"``: the gradient of the task's loss plus `weight` times the safety loss. ``"project"``: what in the
             task's gradient would raise the safety loss is taken out (A-GEM).
         objective: The safety loss. Default: `OwnReplies`, what the model itself refuses and answers when the fit
             starts, which takes some seconds of generation.
         weight: What the safety loss is multiplied by, with ``mode="add"``. Default: 3.
         batch_size: Examples in one rehearsal.
-        watch_every_n_steps: With ``every="adaptive"``, after how many optimizer steps to look.
+        watch_every_n_steps: With ``every="adaptive"``, after how many steps to look; twice as many after a rehearsal.
         tolerance: With ``every="adaptive"``, by how much the log-probability of a refusal's first four tokens may
             fall below its start, in nats per token.
         watch: Harmful prompts for that look: a built-in set (its split ``monitor``), a file, or a mapping of what
@@ -102,8 +102,8 @@ class SafetyRehearsal(CallbackWithRandomness):
         *,
         weight: float | None = None,
         batch_size: int = 4,
-        watch_every_n_steps: int = 10,
-        tolerance: float = 0.1,
+        watch_every_n_steps: int = 6,
+        tolerance: float = 0.0,
         watch: PromptSource = "harmful",
         watch_prompts: int = 8,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
@@ -251,8 +251,9 @@ class SafetyRehearsal(CallbackWithRandomness):
 
     def _tell_how_many(self, trainer: pl.Trainer) -> None:
         """Tell the objective how many examples the fit has time for, if `max_steps` says."""
+        every = self.every if isinstance(self.every, int) else cast(RehearsalNeed, self.need).every_n_steps
         # Asking for the length of an epoch would set the data up, and draw random numbers, too early.
-        rehearsals = math.ceil(trainer.max_steps / (self.every if isinstance(self.every, int) else EXPECTED_EVERY))
+        rehearsals = math.ceil(trainer.max_steps / every)
         self.rehearsal.objective.expect(rehearsals * self.rehearsal.batch_size if trainer.max_steps > 0 else None)
 
     def _is_due(self, trainer: pl.Trainer, step: int) -> bool:

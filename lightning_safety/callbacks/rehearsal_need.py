@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OPENING_TOKENS = 4
-# In a row they do more than one by one, and the optimizer's momentum goes on with it for some steps: after ten of them
-# a model refused far more than at the start (docs/preserving.md).
-_STEPS_IN_A_ROW = 4
-EXPECTED_EVERY = 8
-"""About every so many steps rehearse, for what has to be made ready before the fit."""
 
 
 class RehearsalNeed:
@@ -38,8 +33,12 @@ class RehearsalNeed:
     some fixed opening of an answer says less: a model that loses its refusals for the style of a task may find both
     unlikely (measured: 93 of 100 harmful prompts answered at a margin that had not fallen).
 
+    One rehearsal follows a look that found it needed, and the next look is left out: the optimizer's momentum goes on
+    with a rehearsal for some steps, and after four a model refused a third of what it should answer
+    (docs/preserving.md).
+
     Args:
-        every_n_steps: After how many optimizer steps to look.
+        every_n_steps: After how many optimizer steps to look; twice as many after a rehearsal.
         tolerance: By how much their log-probability may fall below its start, in nats per token.
         source: Harmful prompts.
         prompts: At most so many of them.
@@ -115,7 +114,7 @@ class RehearsalNeed:
 
     def looks_at(self, step: int) -> bool:
         """Whether to look before a step of an optimizer, 0 for its first; not twice where several come to one."""
-        return step > self._looked_at and step % self.every_n_steps == 0
+        return step >= self._looked_at + self.every_n_steps * (2 if self.needed else 1)
 
     def look(self, trainer: pl.Trainer, model: nn.Module, step: int) -> None:
         """Look at the model before a step, and see whether it needs rehearsing.
@@ -129,8 +128,8 @@ class RehearsalNeed:
         self.needed = self.likelihood < self._start - self.tolerance
 
     def rehearses_at(self, step: int) -> bool:
-        """Whether to rehearse at a step: at the first four after a look that found it needed, up to the next look."""
-        return self.needed and step % self.every_n_steps < _STEPS_IN_A_ROW
+        """Whether to rehearse at a step: at that before which a look found it needed."""
+        return self.needed and step == self._looked_at
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a resumed fit needs to decide alike; None before the first look."""

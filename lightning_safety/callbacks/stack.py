@@ -14,8 +14,11 @@ from lightning_safety.callbacks.rehearsal import SafetyRehearsal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What one rehearsal takes in training steps on batches of four short rows under bfloat16 autocast (docs/preserving.md).
-_STEPS_PER_REHEARSAL = 0.5
+# What they take in training steps on batches of four short rows under bfloat16 autocast (docs/preserving.md).
+_STEPS_PER_REHEARSAL, _STEPS_PER_LOOK = 0.5, 0.15
+# At fixed steps, rarer rehearsals than these did not hold through a long fit (docs/preserving.md).
+_RAREST = 4
+_LOOK_EVERY = 6
 
 
 def preserve_safety(
@@ -26,9 +29,10 @@ def preserve_safety(
 ) -> list[pl.Callback]:
     """Return the callbacks for tuning a model that is safe on a task that says nothing about safety.
 
-    They are a `SafetyRehearsal` of the model's own replies and a `HarmfulnessMonitor` that shows whether it works. Why
-    these: what we measured of others is in ``docs/preserving.md``. Both run on a single
-    device, under DDP and under FSDP2.
+    They are a `SafetyRehearsal` of the model's own replies and a `HarmfulnessMonitor` that shows whether it works. With
+    a budget of 12.5 % or more it rehearses at every so-manieth step, with less only where a look finds it needed. Why
+    these: what we measured of others is in ``docs/preserving.md``. Both run on a single device, under DDP and under
+    FSDP2.
 
     Args:
         budget: The extra training time to spend on rehearsals, as a share: about so much where a step takes four
@@ -54,7 +58,14 @@ def preserve_safety(
             " pass 0.15."
         )
     every = math.ceil(_STEPS_PER_REHEARSAL / budget)
+    # At most one look and one rehearsal come to twice so many steps.
+    look_every = math.ceil((_STEPS_PER_REHEARSAL + _STEPS_PER_LOOK) / 2 / budget)
     return [
-        SafetyRehearsal(every, tokenizer=tokenizer, language_model=language_model),
+        SafetyRehearsal(
+            every if every <= _RAREST else "adaptive",
+            watch_every_n_steps=max(_LOOK_EVERY, look_every),
+            tokenizer=tokenizer,
+            language_model=language_model,
+        ),
         HarmfulnessMonitor(tokenizer=tokenizer, language_model=language_model),
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rehearsing only when needed: a few steps in a row after a look that found refusals too unlikely."""
+"""Rehearsing only when needed: the step after a look that found refusals too unlikely."""
 
 from __future__ import annotations
 
@@ -85,20 +85,23 @@ def test_what_is_watched_is_asked_with_what_is_rehearsed(monkeypatch: pytest.Mon
         assert rehearsed == once[:4]
 
 
-def test_four_steps_rehearse_after_each_look_below_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
-    # At the start, then before the steps 6, 12, 18, 24: within, below, still below, back.
-    left = script(monkeypatch, [1.0, 0.9, 0.7, 0.75, 0.85])
-    callback = adaptive(tolerance=0.2, watch_every_n_steps=6)
-    burst = [True] * 4 + [False] * 2
-    assert acts(callback, 30) == [False] * 12 + burst + burst + [False] * 6
+def test_one_step_rehearses_after_a_look_below_the_tolerance_and_the_next_look_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # At the start, then before the steps 3, 6, 12, 18, 21: within, below, still below, back, within.
+    left = script(monkeypatch, [1.0, 0.9, 0.7, 0.75, 0.85, 0.9])
+    callback = adaptive(tolerance=0.2, watch_every_n_steps=3)
+    assert [step for step, acted in enumerate(acts(callback, 24)) if acted] == [6, 12]
     assert not left
-    assert callback.metrics["safety/rehearsal_likelihood"] == pytest.approx(0.85)
-    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(8 / 30)
+    assert callback.metrics["safety/rehearsal_likelihood"] == pytest.approx(0.9)
+    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(2 / 24)
 
 
-def test_looks_closer_together_leave_no_step_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    script(monkeypatch, [1.0, 0.9, 0.7, 0.75, 0.85])
-    assert acts(adaptive(tolerance=0.2), 9) == [False] * 4 + [True] * 4 + [False]
+def test_by_default_it_rehearses_wherever_refusals_are_less_likely_than_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script(monkeypatch, [1.0, 1.0, 0.999, 1.1])
+    assert [step for step, acted in enumerate(acts(adaptive(), 9)) if acted] == [4]
 
 
 def halves(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -108,10 +111,10 @@ def halves(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
 def test_two_optimizers_that_step_one_after_the_other_need_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
     left = script(monkeypatch, [1.0, 0.5, 0.9])
     callback = adaptive(tolerance=0.2)
-    fit(OwnModule(make_smallest_model(), halves, manual=True), [callback], steps=5)
+    fit(OwnModule(make_smallest_model(), halves, manual=True), [callback], steps=7)
     assert not left
-    # Both, at the steps 2 and 3 of 0 to 4.
-    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(4 / 10)
+    # Both, at step 2 of 0 to 6.
+    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(2 / 14)
 
 
 def test_a_second_fit_looks_from_its_own_first_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:

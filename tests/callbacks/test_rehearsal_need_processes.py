@@ -43,7 +43,7 @@ def test_two_processes_look_and_rehearse_as_one(
     monkeypatch.setattr(own_replies, "generate_replies", reply)
     (callback,) = adaptive(tolerance)
     alone = fit_alone(make_wide_module(OwnModule), [callback], steps=STEPS)
-    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(0 if tolerance else 4 / STEPS)
+    assert callback.metrics["safety/rehearsal_share"] == pytest.approx(0 if tolerance else 1 / STEPS)
     together = fit_together(
         tmp_path, strategy, partial(make_wide_module, KINDS[strategy]), partial(adaptive, tolerance), steps=STEPS
     )

@@ -9,8 +9,8 @@ from lightning_safety.callbacks import HarmfulnessMonitor, SafetyRehearsal, pres
 from lightning_safety.monitoring import OwnReplies
 
 
-@pytest.mark.parametrize(("budget", "every"), [(1, 1), (0.2, 3), (0.15, 4), (0.1, 5), (0.05, 10)])
-def test_a_smaller_budget_rehearses_more_rarely(budget: float, every: int) -> None:
+@pytest.mark.parametrize(("budget", "every"), [(1, 1), (0.2, 3), (0.15, 4), (0.125, 4), (0.12, "adaptive")])
+def test_a_smaller_budget_rehearses_more_rarely_and_then_only_when_needed(budget: float, every: int | str) -> None:
     rehearsal, monitor = preserve_safety(budget, tokenizer="some/folder", language_model="model.student")
     assert isinstance(rehearsal, SafetyRehearsal)
     assert isinstance(monitor, HarmfulnessMonitor)
@@ -18,6 +18,14 @@ def test_a_smaller_budget_rehearses_more_rarely(budget: float, every: int) -> No
     assert isinstance(rehearsal.rehearsal.objective, OwnReplies)
     for callback in (rehearsal, monitor):
         assert (callback.tokenizer, callback.language_model) == ("some/folder", "model.student")
+
+
+@pytest.mark.parametrize(("budget", "look_every"), [(0.12, 6), (0.08, 6), (0.05, 7), (0.01, 33)])
+def test_a_smaller_budget_looks_more_rarely(budget: float, look_every: int) -> None:
+    rehearsal, _ = preserve_safety(budget)
+    assert isinstance(rehearsal, SafetyRehearsal)
+    assert rehearsal.need is not None
+    assert rehearsal.need.every_n_steps == look_every
 
 
 @pytest.mark.parametrize("budget", [0, 0.005, 15, True, "0.1", float("nan")])
