@@ -31,14 +31,15 @@ benchmark: $(VENV)/.dev  ## Tables and JSON in benchmarks/results; about forty m
 		cat benchmarks/results/$$name.md; \
 	done
 
-# Prompts that should be refused: the built-in test split, or a file such as AdvBench's as JSON Lines.
+# Prompts that should be refused: the built-in test split, or a file such as AdvBench's as JSON Lines, which RESULTS.md
+# has (HARMFUL=advbench.jsonl).
 HARMFUL ?= harmful
 # Of every study; --full runs all cells, however long they take.
 OPTIONS ?=
 STUDY := $(BIN)/lightning-safety study
 MODELS := {before: smollm2-135m-instruct, after: runs/safe}
 
-studies: runs/safe  ## Every experiment of both papers, beside controls; many hours, resumable, into runs/results
+studies: runs/safe  ## Every experiment of both papers, beside controls; six hours a study at most, resumable, into runs/results
 	$(STUDY) pattern --models "$(MODELS)" $(OPTIONS) --output runs/results/pattern
 	$(STUDY) perturb --source runs/safe --harmful $(HARMFUL) $(OPTIONS) --output runs/results/perturb
 	$(STUDY) enhance --harmful $(HARMFUL) --precision bf16-mixed $(OPTIONS) --output runs/results/enhance

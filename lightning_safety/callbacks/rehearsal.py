@@ -57,12 +57,13 @@ class SafetyRehearsal(CallbackWithRandomness):
     data parallelism; every process takes the same examples. With manual optimization, your own clipping comes before.
 
     Measure with `HarmfulnessMonitor` whether safety stays: what is rehearsed are single sentences, no attack that was
-    made to get around them, and a fine-tuner who wants harm leaves the callback out.
+    made to get around them, and a fine-tuner who wants harm leaves the callback out. Where harmful rows may be among
+    the data, rehearse at fixed steps: ``"adaptive"`` let more of it go (``docs/preserving.md``).
 
     Args:
-        every: Rehearse at every so many optimizer steps, from the first on. ``"adaptive"``: only when needed. Every
-            `watch_every_n_steps` steps it is looked at how likely the model's own refusals are, without gradients;
-            where that is below its value at the start by more than `tolerance`, the next step rehearses.
+        every: Rehearse at every so many optimizer steps, from the first on. ``"adaptive"``: only when needed, after a
+            look every `watch_every_n_steps` steps at how likely the model's own refusals are, without gradients, that
+            finds them below their value at the start by more than `tolerance`.
         mode: ``"add"``: the gradient of the task's loss plus `weight` times the safety loss. ``"project"``: what in the
             task's gradient would raise the safety loss is taken out (A-GEM).
         objective: The safety loss. Default: `OwnReplies`, what the model itself refuses and answers when the fit
@@ -126,16 +127,17 @@ class SafetyRehearsal(CallbackWithRandomness):
         self._restored: dict[str, Any] | None = None
         self._model: nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._continues = False
         self._steps: dict[int, int] = {}
         self._rehearsals = 0
         self._conflicts = 0
         self._seconds = 0.0
         self._loss: float | None = None
+        if self.need is not None:
+            self.need.forget()
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What is logged, by full name, as of the last step; empty before the first rehearsal."""
+        """What is logged, by full name, as of the last step; empty before the first step."""
         steps = sum(self._steps.values())
         if not steps:
             return {}
@@ -179,25 +181,17 @@ class SafetyRehearsal(CallbackWithRandomness):
         tokenizer = find_tokenizer(self.tokenizer, module=pl_module, datamodule=datamodule, model=model)
         keep_unpacked(model)
         self._model, self._tokenizer = model, tokenizer
-        with self._preparing(trainer):
-            self._continues = self._restored is not None
-            self._tell_how_many(trainer)
-            if self.need is not None:
-                self.need.prepare(self.rehearsal.objective)
-            self.rehearsal.prepare(model, tokenizer, self._restored["objective"] if self._restored else None)
+        # Strategies that shard the model restore it later; before that it may be any.
         if not restores_late(trainer):
+            self._prepare(trainer)
             self._randomness.at_fit_start(self._restored["random"] if self._restored else None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up where a checkpoint left, and look how safe the model is."""
+        if restores_late(trainer):
+            self._prepare(trainer)
         warn_of_lost_objective(trainer, self, self.rehearsal.objective, (self._restored or {}).get("objective"))
         if self._restored is not None:
-            if not self._continues:
-                # Strategies that shard the model restore only now.
-                assert self._model is not None
-                assert self._tokenizer is not None
-                with self._preparing(trainer):
-                    self.rehearsal.prepare(self._model, self._tokenizer, self._restored["objective"])
             self._steps = dict(self._restored["steps"])
             self._rehearsals, self._conflicts = self._restored["rehearsals"], self._restored["conflicts"]
             self._seconds += self._restored["seconds"]
@@ -223,9 +217,8 @@ class SafetyRehearsal(CallbackWithRandomness):
         if not trains(optimizer, self._model, pl_module):
             return
         number = trainer.optimizers.index(optimizer)
-        step = self._steps.get(number, 0)
-        self._steps[number] = step + 1
-        if self._is_due(trainer, step):
+        self._steps[number] = self._steps.get(number, 0) + 1
+        if self._is_due(trainer, number):
             self._rehearse(trainer, optimizer)
 
     def on_train_batch_end(
@@ -249,22 +242,27 @@ class SafetyRehearsal(CallbackWithRandomness):
             f" {self._seconds:.1f} s."
         )
 
-    def _tell_how_many(self, trainer: pl.Trainer) -> None:
-        """Tell the objective how many examples the fit has time for, if `max_steps` says."""
+    def _prepare(self, trainer: pl.Trainer) -> None:
+        assert self._model is not None
+        assert self._tokenizer is not None
         every = self.every if isinstance(self.every, int) else cast(RehearsalNeed, self.need).every_n_steps
         # Asking for the length of an epoch would set the data up, and draw random numbers, too early.
-        rehearsals = math.ceil(trainer.max_steps / every)
-        self.rehearsal.objective.expect(rehearsals * self.rehearsal.batch_size if trainer.max_steps > 0 else None)
+        examples = math.ceil(trainer.max_steps / every) * self.rehearsal.batch_size
+        self.rehearsal.objective.expect(examples if trainer.max_steps > 0 else None)
+        with self._preparing(trainer):
+            if self.need is not None:
+                self.need.prepare(self.rehearsal.objective)
+            self.rehearsal.prepare(self._model, self._tokenizer, self._restored and self._restored["objective"])
 
-    def _is_due(self, trainer: pl.Trainer, step: int) -> bool:
-        if self.need is None:
-            assert isinstance(self.every, int)
-            return step % self.every == 0
+    def _is_due(self, trainer: pl.Trainer, optimizer: int) -> bool:
+        if isinstance(self.every, int):
+            return (self._steps[optimizer] - 1) % self.every == 0
         assert self._model is not None
-        if self.need.looks_at(step):
+        assert self.need is not None
+        if self.need.looks_before_step_of(optimizer):
             with self._timed():
-                self.need.look(trainer, self._model, step)
-        return self.need.rehearses_at(step)
+                self.need.look(trainer, self._model)
+        return self.need.rehearses_before_step_of(optimizer)
 
     def _rehearse(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         assert self._model is not None

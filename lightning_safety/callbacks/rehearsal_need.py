@@ -60,10 +60,17 @@ class RehearsalNeed:
         self.tolerance = tolerance
         self.source = source
         self.prompts = check_positive(prompts, "watch_prompts")
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: what an earlier fit found does not count."""
         self.likelihood: float | None = None
         self.needed = False
         self._start: float | None = None
+        self._clock = -1
+        self._stepped: set[int] = set()
         self._looked_at = 0
+        self._rehearsed: set[int] = set()
         self._prompts: list[Example] = []
         self._examples: list[Example] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -89,7 +96,6 @@ class RehearsalNeed:
             ValueError: The model refuses none of the prompts.
         """
         self._tokenizer = tokenizer
-        self._looked_at = 0
         if restored is None:
             if trainer.ckpt_path is not None:
                 warnings.warn(
@@ -99,11 +105,11 @@ class RehearsalNeed:
                 )
             self._examples = from_first(self._refused(trainer, model, tokenizer))
             self._start = self.likelihood = self._look(trainer, model)
-            self.needed = False
         else:
             self._examples = [Example(prompt, refusal) for prompt, refusal in restored["refusals"]]
             self._start, self.likelihood, self.needed = restored["start"], restored["likelihood"], restored["needed"]
-            self._looked_at = restored.get("looked_at", 0)
+            self._clock, self._looked_at = restored["clock"], restored["looked_at"]
+            self._stepped, self._rehearsed = set(restored["stepped"]), set(restored["rehearsed"])
 
     def _refused(self, trainer: pl.Trainer, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         # Where there is a checkpoint, weights may have been restored since.
@@ -112,11 +118,18 @@ class RehearsalNeed:
         (kept,) = keep_replies(model, tokenizer, [Asked("watch", self._prompts, refused=True)], _OPENING_TOKENS)
         return kept
 
-    def looks_at(self, step: int) -> bool:
-        """Whether to look before a step of an optimizer, 0 for its first; not twice where several come to one."""
-        return step >= self._looked_at + self.every_n_steps * (2 if self.needed else 1)
+    def looks_before_step_of(self, optimizer: int) -> bool:
+        """Count a step of an optimizer, by its number, and tell whether to look before it; not before the first.
 
-    def look(self, trainer: pl.Trainer, model: nn.Module, step: int) -> None:
+        Steps that several optimizers take between two of one count once, whether they take turns or not.
+        """
+        if optimizer in self._stepped or not self._stepped:
+            self._clock += 1
+            self._stepped.clear()
+        self._stepped.add(optimizer)
+        return self._clock >= self._looked_at + self.every_n_steps * (2 if self.needed else 1)
+
+    def look(self, trainer: pl.Trainer, model: nn.Module) -> None:
         """Look at the model before a step, and see whether it needs rehearsing.
 
         Raises:
@@ -124,12 +137,16 @@ class RehearsalNeed:
         """
         assert self._start is not None
         self.likelihood = self._look(trainer, model)
-        self._looked_at = step
+        self._looked_at = self._clock
+        self._rehearsed.clear()
         self.needed = self.likelihood < self._start - self.tolerance
 
-    def rehearses_at(self, step: int) -> bool:
-        """Whether to rehearse at a step: at that before which a look found it needed."""
-        return self.needed and step == self._looked_at
+    def rehearses_before_step_of(self, optimizer: int) -> bool:
+        """Whether to rehearse: at each optimizer's first step after a look that found it needed."""
+        if not self.needed or optimizer in self._rehearsed:
+            return False
+        self._rehearsed.add(optimizer)
+        return True
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a resumed fit needs to decide alike; None before the first look."""
@@ -141,7 +158,10 @@ class RehearsalNeed:
             "start": self._start,
             "likelihood": self.likelihood,
             "needed": self.needed,
+            "clock": self._clock,
+            "stepped": sorted(self._stepped),
             "looked_at": self._looked_at,
+            "rehearsed": sorted(self._rehearsed),
         }
 
     def _look(self, trainer: pl.Trainer, model: nn.Module) -> float:

@@ -14,9 +14,10 @@ from lightning_safety.callbacks.rehearsal import SafetyRehearsal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What they take in training steps on batches of four short rows under bfloat16 autocast (docs/preserving.md).
+# What they take at most in training steps on batches of four short rows under bfloat16 autocast: at every fourth step
+# rehearsals took 14 % (docs/preserving.md); of a look, see benchmarks/README.md.
 _STEPS_PER_REHEARSAL, _STEPS_PER_LOOK = 0.5, 0.15
-# At fixed steps, rarer rehearsals than these did not hold through a long fit (docs/preserving.md).
+# With rarer fixed steps the judges came to disagree in a long fit (docs/preserving.md).
 _RAREST = 4
 _LOOK_EVERY = 6
 
@@ -30,14 +31,14 @@ def preserve_safety(
     """Return the callbacks for tuning a model that is safe on a task that says nothing about safety.
 
     They are a `SafetyRehearsal` of the model's own replies and a `HarmfulnessMonitor` that shows whether it works. With
-    a budget of 12.5 % or more it rehearses at every so-manieth step, with less only where a look finds it needed. Why
-    these: what we measured of others is in ``docs/preserving.md``. Both run on a single device, under DDP and under
-    FSDP2.
+    a budget of 12.5 % or more it rehearses at every so-manieth step, which held beside harmful rows in the data too;
+    with less only where a look finds it needed. Why these: what we measured of others is in ``docs/preserving.md``.
+    Both run on a single device, under DDP and under FSDP2.
 
     Args:
-        budget: The extra training time to spend on rehearsals, as a share: about so much where a step takes four
-            short rows, less where it takes more. The replies at the start and the monitor's checks come on top. At
-            least 0.01.
+        budget: The extra training time to spend on rehearsals, as a share, at least 0.01: about so much at fixed
+            steps, at most so much where needed, if a step takes four short rows; less where it takes more. The replies
+            at the start and the monitor's checks come on top.
         tokenizer: The tokenizer or its path. Default: it is looked for.
         language_model: The dotted name of the language model in the module, where there are several.
 

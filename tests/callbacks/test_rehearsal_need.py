@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_safety.callbacks import SafetyRehearsal, rehearsal_need
+from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
 from lightning_safety.data import Example
 from lightning_safety.monitoring import own_replies
 from tests.callbacks.toys import OwnModule, assert_same_bits, fit, make_smallest_model
@@ -117,6 +118,29 @@ def test_two_optimizers_that_step_one_after_the_other_need_one_look(monkeypatch:
     assert callback.metrics["safety/rehearsal_share"] == pytest.approx(2 / 14)
 
 
+@pytest.mark.parametrize(
+    ("order", "rehearsed"),
+    [
+        # Needed at the look before the seventh step, and at every other one after that.
+        pytest.param(([0] * 5 + [1]) * 24, {0: 10, 1: 10}, id="one steps every fifth time"),
+        pytest.param([0] * 30 + [1] * 30, {0: 2, 1: 4}, id="one after the other"),
+        pytest.param([0, 1] * 31, {0: 3, 1: 3}, id="in turns"),
+    ],
+)
+def test_optimizers_rehearse_in_whatever_order_they_step(
+    order: list[int], rehearsed: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RehearsalNeed, "_look", lambda *_: -1.0)
+    need = RehearsalNeed(6, 0.0, "harmful", 1)
+    need._start = 0.0
+    found = {0: 0, 1: 0}
+    for optimizer in order:
+        if need.looks_before_step_of(optimizer):
+            need.look(Any, Any)  # type: ignore[arg-type]
+        found[optimizer] += need.rehearses_before_step_of(optimizer)
+    assert found == rehearsed
+
+
 def test_a_second_fit_looks_from_its_own_first_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
     left = script(monkeypatch, [1.0, 0.9, 0.9] * 2)
     callback = adaptive(tolerance=0.2)
@@ -125,10 +149,23 @@ def test_a_second_fit_looks_from_its_own_first_steps_on(monkeypatch: pytest.Monk
     assert not left
 
 
-def test_where_it_is_never_needed_no_bit_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    script(monkeypatch, [1.0] * 4)
-    module, plain = OwnModule(make_smallest_model()), OwnModule(make_smallest_model())
-    fit(module, [adaptive()], steps=6)
+def test_a_second_fit_knows_nothing_of_the_first() -> None:
+    """Lightning's learning rate finder would put back what the first fit found, before there is anything of its own."""
+    callback = adaptive()
+    trainer = fit(OwnModule(make_smallest_model(vocab_size=512, max_position_embeddings=256)), [callback], steps=3)
+    assert callback.state_dict()["need"] is not None
+    callback.setup(trainer, trainer.lightning_module, "fit")
+    assert callback.state_dict()["need"] is None
+
+
+def test_looks_that_find_no_need_change_no_bit() -> None:
+    options = {"vocab_size": 512, "max_position_embeddings": 256, "attention_dropout": 0.5}
+    module, plain = OwnModule(make_smallest_model(**options)), OwnModule(make_smallest_model(**options))
+    callback = adaptive(tolerance=100.0, watch_prompts=2)
+    torch.manual_seed(0)
+    fit(module, [callback], steps=6)
+    assert callback.metrics["safety/rehearsal_likelihood"] < 0
+    torch.manual_seed(0)
     fit(plain, steps=6)
     assert_same_bits(module.model, plain.model)
 

@@ -18,7 +18,8 @@ from tests.callbacks.test_rehearsal_state import reply
 from tests.callbacks.toys import OwnModule
 from tests.tiny import make_tiny_tokenizer
 
-STEPS = 12
+# Looks come before the sixth step, which rehearses, and before the sixteenth, which need not.
+STEPS = 17
 
 
 def adaptive(tolerance: float) -> list[SafetyRehearsal]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from lightning_safety.callbacks import SafetyRehearsal
 from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
@@ -47,14 +48,17 @@ def checkpoint_of(folder: Path, *callbacks: Any) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot continue in the middle of an epoch")
+@pytest.mark.parametrize("late", [False, True], ids=["restored at once", "restored late"])
 @pytest.mark.parametrize("options", [{}, ADAPTIVE], ids=["every", "adaptive"])
 def test_a_resumed_fit_rehearses_what_the_model_said_before_it_trained(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where weights are restored after the fit began (FSDP2), those before are not asked."""
     monkeypatch.setattr(own_replies, "generate_replies", reply)
     first = rehearsal(**options)
     path = checkpoint_of(tmp_path, first)
     monkeypatch.setattr(own_replies, "generate_replies", refuse_to_reply)
+    monkeypatch.setattr(SingleDeviceStrategy, "restore_checkpoint_after_setup", late)
     again = rehearsal(**options)
     fit(make_module(), [again], steps=4, max_epochs=2, ckpt_path=path)
     assert again.rehearsal.objective.state_dict() == first.rehearsal.objective.state_dict()
@@ -138,7 +142,7 @@ def test_the_objective_hears_how_many_examples_the_fit_has_time_for(
             heard.append(-1)
 
     monkeypatch.setattr(RehearsalNeed, "begin", lambda *_: None)
-    monkeypatch.setattr(RehearsalNeed, "looks_at", lambda *_: False)
+    monkeypatch.setattr(RehearsalNeed, "looks_before_step_of", lambda *_: False)
     callback = SafetyRehearsal(every, objective=Hears(), batch_size=2, tokenizer=make_tiny_tokenizer())
     fit(OwnModule(make_smallest_model()), [callback], steps=15, accumulate_grad_batches=3, max_steps=max_steps)
     assert heard == [examples, -1]
