@@ -29,7 +29,7 @@ from lightning_safety.scoring import GuardJudgedSafety, scored_weights
 from lightning_safety.scoring.guard_gradient import answer_margins, input_embeddings
 from lightning_safety.scoring.impact import mean_gradients
 
-ROUNDS, PROMPTS, NEW_TOKENS = 5, 16, 128
+ROUNDS, PROMPTS, NEW_TOKENS = 3, 16, 128
 TEMPERATURE = 0.3
 DESCRIBED = "as described, one prompt at a time"
 
