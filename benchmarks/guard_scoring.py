@@ -61,7 +61,7 @@ def main() -> None:
 
     ways = {
         DESCRIBED: described,
-        "GuardJudgedSafety": partial(ours, "GuardJudgedSafety", 16),
+        "GuardJudgedSafety": partial(ours, "GuardJudgedSafety", count),
         "GuardJudgedSafety, batches of one": partial(ours, "GuardJudgedSafety, batches of one", 1),
     }
     times = take_turns(ways, rounds=rounds)
