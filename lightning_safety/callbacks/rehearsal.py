@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_safety.callbacks.log import fill_callback_metrics, log_to_loggers
-from lightning_safety.callbacks.rehearsal_need import RehearsalNeed
+from lightning_safety.callbacks.rehearsal_need import LOOK_EVERY, RehearsalNeed
 from lightning_safety.callbacks.resume import (
     CallbackWithRandomness,
     check_state_version,
@@ -103,7 +103,7 @@ class SafetyRehearsal(CallbackWithRandomness):
         *,
         weight: float | None = None,
         batch_size: int = 4,
-        watch_every_n_steps: int = 6,
+        watch_every_n_steps: int = LOOK_EVERY,
         tolerance: float = 0.0,
         watch: PromptSource = "harmful",
         watch_prompts: int = 8,

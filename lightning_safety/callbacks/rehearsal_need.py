@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+LOOK_EVERY = 6
+"""After how many optimizer steps to look, unless asked otherwise."""
 _OPENING_TOKENS = 4
 
 
@@ -103,7 +105,7 @@ class RehearsalNeed:
                     " as it is in the checkpoint, not before its fit began.",
                     stacklevel=2,
                 )
-            self._examples = from_first(self._refused(trainer, model, tokenizer))
+            self._examples = from_first(self._refused(model, tokenizer))
             self._start = self.likelihood = self._look(trainer, model)
         else:
             self._examples = [Example(prompt, refusal) for prompt, refusal in restored["refusals"]]
@@ -111,9 +113,9 @@ class RehearsalNeed:
             self._clock, self._looked_at = restored["clock"], restored["looked_at"]
             self._stepped, self._rehearsed = set(restored["stepped"]), set(restored["rehearsed"])
 
-    def _refused(self, trainer: pl.Trainer, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        # Where there is a checkpoint, weights may have been restored since.
-        if self._replies is not None and self._replies.refused_beside and trainer.ckpt_path is None:
+    def _refused(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        # Nothing where the objective's replies are those of a checkpoint, or of no model.
+        if self._replies is not None and self._replies.refused_beside:
             return self._replies.refused_beside
         (kept,) = keep_replies(model, tokenizer, [Asked("watch", self._prompts, refused=True)], _OPENING_TOKENS)
         return kept

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 
 from lightning_safety.callbacks.harmfulness import HarmfulnessMonitor
 from lightning_safety.callbacks.rehearsal import SafetyRehearsal
+from lightning_safety.callbacks.rehearsal_need import LOOK_EVERY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 _STEPS_PER_REHEARSAL, _STEPS_PER_LOOK = 0.5, 0.15
 # With rarer fixed steps the judges came to disagree in a long fit (docs/preserving.md).
 _RAREST = 4
-_LOOK_EVERY = 6
 
 
 def preserve_safety(
@@ -64,7 +64,7 @@ def preserve_safety(
     return [
         SafetyRehearsal(
             every if every <= _RAREST else "adaptive",
-            watch_every_n_steps=max(_LOOK_EVERY, look_every),
+            watch_every_n_steps=max(LOOK_EVERY, look_every),
             tokenizer=tokenizer,
             language_model=language_model,
         ),
